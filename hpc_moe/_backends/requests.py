@@ -1,0 +1,158 @@
+"""What `Buffer` hands to a backend: calls whose arguments on this rank have been checked.
+
+Letters: T tokens of this rank, H hidden, K top-k, R ranks, N nodes, E experts, L = E / R local experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..handles import DispatchHandle, LowLatencyHandle
+
+
+@dataclass
+class Layout:
+    """Counts and flags that say which token goes where, of this rank's tokens.
+
+    Attributes:
+        num_tokens_per_rank: `[R] int32`.
+        num_tokens_per_rdma_rank: `[N] int32`, None on one node.
+        num_tokens_per_expert: `[E] int32`.
+        is_token_in_rank: `[T, R] bool`.
+    """
+
+    num_tokens_per_rank: torch.Tensor
+    num_tokens_per_rdma_rank: torch.Tensor | None
+    num_tokens_per_expert: torch.Tensor
+    is_token_in_rank: torch.Tensor
+
+
+@dataclass
+class DispatchRequest:
+    """A `dispatch`; `layout` and the top-k tensors are None in a cached one, which has a `handle`."""
+
+    x: torch.Tensor  # [T, H] bf16 or e4m3
+    scales: torch.Tensor | None  # [T, H/128] float32 or [T, H/512] int32
+    topk_idx: torch.Tensor | None  # [T, K] int64, contiguous
+    topk_weights: torch.Tensor | None  # [T, K] float32, contiguous
+    layout: Layout | None
+    handle: DispatchHandle | None
+    expert_alignment: int
+    num_worst_tokens: int
+    grouped: bool
+
+    @property
+    def is_token_in_rank(self) -> torch.Tensor:
+        """`[T, R] bool`, from the layout or the handle."""
+        if self.handle is not None:
+            return self.handle.is_token_in_rank
+        assert self.layout is not None
+        return self.layout.is_token_in_rank
+
+    def agreed(self) -> dict[str, int]:
+        """What must be equal on all ranks."""
+        cached = self.handle is not None
+        top_k = self.handle.top_k if self.handle else (0 if self.topk_idx is None else self.topk_idx.shape[1])
+        num_experts = self.handle.num_experts if self.handle else len(self.layout.num_tokens_per_expert)  # type: ignore[union-attr]
+        return {
+            "handle": self.handle._routing if self.handle else 0,
+            "hidden": self.x.shape[1],
+            "bytes per channel of x": self.x.element_size(),
+            "scales per token": 0 if self.scales is None else self.scales.shape[1],
+            "top_k": top_k,
+            "num_experts": num_experts,
+            "whether topk_weights are given": int(self.topk_weights is not None),
+            "whether expert_layout is grouped": int(self.grouped),
+            "expert_alignment": 1 if cached else self.expert_alignment,
+        }
+
+
+@dataclass
+class CombineRequest:
+    """A `combine`."""
+
+    x: torch.Tensor  # [handle.num_rows, H] bf16
+    handle: DispatchHandle
+    topk_weights: torch.Tensor | None  # [N_recv, K] float32, or one per row in the grouped layout; contiguous
+    biases: list[torch.Tensor]  # each [T, H] bf16, contiguous
+
+    def agreed(self) -> dict[str, int]:
+        """What must be equal on all ranks."""
+        return {
+            "handle": self.handle._routing,
+            "hidden": self.x.shape[1],
+            "whether topk_weights are given": int(self.topk_weights is not None),
+        }
+
+
+@dataclass
+class LowLatencyDispatchRequest:
+    """A `low_latency_dispatch`."""
+
+    x: torch.Tensor  # [T, H] bf16
+    topk_idx: torch.Tensor  # [T, K] int64, contiguous
+    topk_weights: torch.Tensor | None  # [T, K] float32, contiguous
+    layout: Layout
+    num_max_tokens: int  # M
+    num_experts: int
+    recv_stats: torch.Tensor | None  # [L] int32
+    wait_stats: torch.Tensor | None  # [R] int64
+    use_fp8: bool
+    round_scale: bool
+    use_ue8m0: bool
+
+    def agreed(self) -> dict[str, int]:
+        """What must be equal on all ranks."""
+        return {
+            "hidden": self.x.shape[1],
+            "top_k": self.topk_idx.shape[1],
+            "num_experts": self.num_experts,
+            "num_max_dispatch_tokens_per_rank": self.num_max_tokens,
+            "whether topk_weights are given": int(self.topk_weights is not None),
+            "use_fp8": int(self.use_fp8),
+            "round_scale": int(self.round_scale),
+            "use_ue8m0": int(self.use_ue8m0),
+        }
+
+
+@dataclass
+class LowLatencyCombineRequest:
+    """A `low_latency_combine`; `x` is the handle's staging buffer in a zero-copy one."""
+
+    x: torch.Tensor  # [L, M*R, H] bf16, contiguous
+    topk_idx: torch.Tensor  # [T, K] int64, contiguous
+    topk_weights: torch.Tensor  # [T, K] float32, contiguous
+    handle: LowLatencyHandle
+    use_logfmt: bool
+    out: torch.Tensor | None  # [T, H] bf16, contiguous
+    wait_stats: torch.Tensor | None  # [R] int64
+
+    def agreed(self) -> dict[str, int]:
+        """What must be equal on all ranks."""
+        return {"handle": self.handle._routing, "use_logfmt": int(self.use_logfmt)}
+
+
+@dataclass
+class DispatchResult:
+    """What a dispatch returns; the handle is None in a cached one."""
+
+    recv_x: torch.Tensor
+    recv_scales: torch.Tensor | None
+    recv_topk_idx: torch.Tensor | None
+    recv_topk_weights: torch.Tensor | None
+    num_recv_tokens_per_expert: list[int]
+    handle: DispatchHandle | None
+
+
+@dataclass
+class LowLatencyDispatchResult:
+    """What a low-latency dispatch returns: tensors that are filled when its receive half has run."""
+
+    recv_x: torch.Tensor
+    recv_scales: torch.Tensor | None
+    recv_count: torch.Tensor
+    handle: LowLatencyHandle
+    receive: Any  # Callable[[], None]

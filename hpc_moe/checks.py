@@ -1,0 +1,386 @@
+"""Checks of what users pass: a helper for each kind of check, then a function for each call that makes a request.
+
+Nothing here communicates. Messages start with the argument; `Buffer` puts the call's name in front.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ._backends.requests import (
+    CombineRequest,
+    DispatchRequest,
+    Layout,
+    LowLatencyCombineRequest,
+    LowLatencyDispatchRequest,
+)
+from .config import HIDDEN_MULTIPLE, MAX_HIDDEN
+from .errors import ArgumentError
+from .events import EventOverlap
+from .handles import DispatchHandle, LowLatencyHandle
+
+# --- kinds of checks ---------------------------------------------------------------------------------------------
+
+
+def integer(name: str, value: Any, *, minimum: int, unit: str = "") -> int:
+    """An int (or what acts as one, but no bool) of at least `minimum`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or number < minimum:
+        raise ArgumentError(f"{name} must be an integer of at least {minimum}{unit}; got {value!r}")
+    return number
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise ArgumentError(f"{name} must be True or False; got {value!r}")
+    return value
+
+
+def describe(value: Any) -> str:
+    """A tensor's dtype, shape and device, or another value's type."""
+    if not isinstance(value, torch.Tensor):
+        return f"{value!r}" if value is None or isinstance(value, (int, float, str)) else type(value).__name__
+    return f"{_dtype_name(value.dtype)} {list(value.shape)} on {value.device}"
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def tensor(
+    name: str,
+    value: Any,
+    dtypes: torch.dtype | Sequence[torch.dtype],
+    shape: Sequence[int | str],
+    device: torch.device,
+    *,
+    contiguous: str = "",
+) -> torch.Tensor:
+    """A tensor of one of these dtypes, of this shape and on this device.
+
+    In `shape` a number is a size that the dimension must have, and a word a name for one that it may choose.
+    `contiguous` is `"all"`, `"rows"` (the last dimension only) or empty.
+    """
+    allowed = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
+    fits = (
+        isinstance(value, torch.Tensor)
+        and value.dtype in allowed
+        and value.dim() == len(shape)
+        and value.device == device
+        and all(isinstance(want, str) or want == size for want, size in zip(shape, value.shape, strict=True))
+    )
+    if not fits:
+        wanted = " or ".join(_dtype_name(dtype) for dtype in allowed)
+        dims = ", ".join(str(size) for size in shape)
+        raise ArgumentError(f"{name} must be {wanted} [{dims}] on {device}; got {describe(value)}")
+    if value.numel() > 0 and (
+        (contiguous == "all" and not value.is_contiguous()) or (contiguous == "rows" and value.stride(-1) != 1)
+    ):
+        what = "contiguous" if contiguous == "all" else "contiguous in its last dimension"
+        raise ArgumentError(f"{name} must be {what}; got strides {list(value.stride())} for shape {list(value.shape)}")
+    checked: torch.Tensor = value
+    return checked
+
+
+def hidden_size(name: str, hidden: int, multiple: int = HIDDEN_MULTIPLE) -> None:
+    """A hidden size that the kernels take."""
+    if hidden < 1 or hidden % multiple or hidden > MAX_HIDDEN:
+        raise ArgumentError(
+            f"{name} must have a hidden size that is a multiple of {multiple}, up to {MAX_HIDDEN}; got {hidden}"
+        )
+
+
+def expert_count(name: str, num_experts: Any, num_ranks: int) -> int:
+    """A positive multiple of the number of ranks."""
+    number = integer(name, num_experts, minimum=1)
+    if number % num_ranks:
+        raise ArgumentError(f"{name} must be a multiple of the number of ranks, {num_ranks}; got {number}")
+    return number
+
+
+def stream_arguments(
+    previous_event: Any, async_finish: Any, allocate_on_comm_stream: Any, return_recv_hook: Any = False
+) -> None:
+    """The arguments about streams, which most calls have."""
+    if previous_event is not None and not isinstance(previous_event, EventOverlap):
+        raise ArgumentError(f"previous_event must be an EventOverlap or None; got {describe(previous_event)}")
+    flag("async_finish", async_finish)
+    if flag("allocate_on_comm_stream", allocate_on_comm_stream) and not (previous_event and async_finish):
+        raise ArgumentError("allocate_on_comm_stream needs previous_event and async_finish")
+    if flag("return_recv_hook", return_recv_hook) and async_finish:
+        raise ArgumentError("async_finish and return_recv_hook exclude each other; got both")
+
+
+# --- calls -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the checks need to know of a buffer.
+
+    Attributes:
+        owner: the buffer; handles must be its own.
+        num_ranks: R.
+        num_nodes: N.
+        device: where tensors must lie.
+        layout: computes a `Layout` from `topk_idx` and `num_experts`.
+    """
+
+    owner: object
+    num_ranks: int
+    num_nodes: int
+    device: torch.device
+    layout: Any  # Callable[[torch.Tensor, int], Layout]
+
+
+def topk_indices(place: Place, topk_idx: Any, num_tokens: int | str = "num_tokens") -> torch.Tensor:
+    """`topk_idx`, contiguous."""
+    checked = tensor("topk_idx", topk_idx, torch.int64, [num_tokens, "top_k"], place.device)
+    if checked.shape[1] < 1:
+        raise ArgumentError(f"topk_idx must select at least one expert a token; got shape {list(checked.shape)}")
+    return checked.contiguous()
+
+
+def weights_like(place: Place, topk_weights: Any, topk_idx: torch.Tensor) -> torch.Tensor:
+    """`topk_weights` of the shape of `topk_idx`, contiguous."""
+    return tensor("topk_weights", topk_weights, torch.float32, list(topk_idx.shape), place.device).contiguous()
+
+
+def tokens_and_scales(place: Place, x: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The `x` of a dispatch: bf16, or e4m3 with scales."""
+    if isinstance(x, (tuple, list)):
+        if len(x) != 2:
+            raise ArgumentError(f"x must be a tensor, or a pair (e4m3 tensor, scales); got {len(x)} elements")
+        tokens = tensor("x[0]", x[0], torch.float8_e4m3fn, ["num_tokens", "hidden"], place.device, contiguous="rows")
+        num_tokens, hidden = tokens.shape
+        hidden_size("x[0]", hidden)
+        if isinstance(x[1], torch.Tensor) and x[1].dtype == torch.int32:
+            hidden_size("x[0] with int32 (UE8M0) scales", hidden, 512)
+            return tokens, tensor("x[1]", x[1], torch.int32, [num_tokens, hidden // 512], place.device)
+        dtypes = (torch.float32, torch.int32)
+        return tokens, tensor("x[1]", x[1], dtypes, [num_tokens, hidden // 128], place.device)
+    if isinstance(x, torch.Tensor) and x.dtype == torch.float8_e4m3fn:
+        raise ArgumentError("x in float8_e4m3fn needs scales: pass the pair (x, scales)")
+    tokens = tensor("x", x, torch.bfloat16, ["num_tokens", "hidden"], place.device, contiguous="rows")
+    hidden_size("x", tokens.shape[1])
+    return tokens, None
+
+
+def own_handle(place: Place, handle: Any, kind: type) -> Any:
+    """A handle of this kind that this buffer made."""
+    if not isinstance(handle, kind):
+        raise ArgumentError(f"handle must be a {kind.__name__}; got {describe(handle)}")
+    if handle._owner is not place.owner:  # type: ignore[attr-defined]
+        raise ArgumentError("handle must come from this buffer; got one of another buffer")
+    return handle
+
+
+def dispatch_request(
+    place: Place,
+    x: Any,
+    handle: Any,
+    given_layout: dict[str, Any],
+    topk_idx: Any,
+    topk_weights: Any,
+    expert_alignment: Any,
+    num_worst_tokens: Any,
+    num_experts: Any,
+    expert_layout: Any,
+) -> DispatchRequest:
+    """Check a dispatch."""
+    tokens, scales = tokens_and_scales(place, x)
+    alignment = integer("expert_alignment", expert_alignment, minimum=1)
+    worst = integer("num_worst_tokens", num_worst_tokens, minimum=0)
+    if expert_layout not in ("token", "grouped"):
+        raise ArgumentError(f"expert_layout must be 'token' or 'grouped'; got {expert_layout!r}")
+    if handle is not None:
+        others = {"topk_idx": topk_idx, "topk_weights": topk_weights, **given_layout}
+        return _cached_dispatch(place, tokens, scales, handle, others, worst, num_experts, expert_layout)
+    num_tokens = tokens.shape[0]
+    idx = None if topk_idx is None else topk_indices(place, topk_idx, num_tokens)
+    if idx is None and (topk_weights is not None or expert_layout == "grouped"):
+        what = "topk_weights" if topk_weights is not None else "expert_layout='grouped'"
+        raise ArgumentError(f"{what} needs topk_idx")
+    weights = None if topk_weights is None or idx is None else weights_like(place, topk_weights, idx)
+    layout = _layout(place, idx, given_layout, num_tokens, num_experts)
+    return DispatchRequest(tokens, scales, idx, weights, layout, None, alignment, worst, expert_layout == "grouped")
+
+
+def _cached_dispatch(
+    place: Place,
+    tokens: torch.Tensor,
+    scales: torch.Tensor | None,
+    handle: Any,
+    others: dict[str, Any],
+    worst: int,
+    num_experts: Any,
+    expert_layout: str,
+) -> DispatchRequest:
+    own_handle(place, handle, DispatchHandle)
+    for name, value in others.items():
+        if value is not None:
+            raise ArgumentError(f"{name} must be None with a handle, whose routing is reused; got {describe(value)}")
+    if tokens.shape[0] != handle.num_tokens:
+        raise ArgumentError(
+            f"x must have the {handle.num_tokens} tokens of the handle's routing; got {tokens.shape[0]}"
+        )
+    for name, value, allowed in (
+        ("num_worst_tokens", worst, (0, handle.num_rows)),
+        ("num_experts", num_experts, (None, handle.num_experts)),
+        ("expert_layout", expert_layout, ("token", handle.expert_layout)),
+    ):
+        if value not in allowed:
+            raise ArgumentError(f"{name} must be the handle's, {allowed[1]!r}, or left out; got {value!r}")
+    grouped = handle.expert_layout == "grouped"
+    return DispatchRequest(tokens, scales, None, None, None, handle, 1, handle.num_rows, grouped)
+
+
+def _layout(place: Place, idx: torch.Tensor | None, given: dict[str, Any], num_tokens: int, num_experts: Any) -> Layout:
+    """The layout that the caller gave, checked, or else one computed from the indices."""
+    if all(value is None for value in given.values()):
+        if idx is None:
+            raise ArgumentError("topk_idx and num_experts, or the layout, or a handle must be given; got none of them")
+        if num_experts is None:
+            raise ArgumentError("num_experts must be given where the layout arguments are omitted")
+        computed: Layout = place.layout(idx, expert_count("num_experts", num_experts, place.num_ranks))
+        return computed
+    optional = {"num_tokens_per_rdma_rank"} if place.num_nodes == 1 else set()
+    for name, value in given.items():
+        if value is None and name not in optional:
+            raise ArgumentError(
+                f"{name} is missing: give all layout arguments that get_dispatch_layout returns, or none"
+            )
+    ranks, device = place.num_ranks, place.device
+    per_rank = tensor("num_tokens_per_rank", given["num_tokens_per_rank"], torch.int32, [ranks], device)
+    per_node = given["num_tokens_per_rdma_rank"]
+    if per_node is not None:
+        per_node = tensor("num_tokens_per_rdma_rank", per_node, torch.int32, [place.num_nodes], device)
+    per_expert = tensor("num_tokens_per_expert", given["num_tokens_per_expert"], torch.int32, ["num_experts"], device)
+    in_rank = tensor("is_token_in_rank", given["is_token_in_rank"], torch.bool, [num_tokens, ranks], device)
+    experts = expert_count("num_tokens_per_expert: num_experts", len(per_expert), ranks)
+    if num_experts not in (None, experts):
+        raise ArgumentError(f"num_experts must be the length of num_tokens_per_expert, {experts}; got {num_experts!r}")
+    layout = Layout(per_rank.contiguous(), per_node, per_expert.contiguous(), in_rank.contiguous())
+    _compare_layout(layout, None if idx is None else place.layout(idx, experts))
+    return layout
+
+
+def _compare_layout(given: Layout, computed: Layout | None) -> None:
+    """The given layout must fit the indices, and without indices, itself."""
+    sums = given.is_token_in_rank.sum(dim=0, dtype=torch.int32)
+    if not torch.equal(given.num_tokens_per_rank, sums):
+        raise ArgumentError(
+            "num_tokens_per_rank must count the tokens of is_token_in_rank, "
+            f"{sums.tolist()}; got {given.num_tokens_per_rank.tolist()}"
+        )
+    if (given.num_tokens_per_expert < 0).any():
+        raise ArgumentError("num_tokens_per_expert must not be negative")
+    if computed is None:
+        return
+    for name, value in vars(computed).items():
+        other = getattr(given, name)
+        if other is not None and value is not None and not torch.equal(value, other):
+            raise ArgumentError(f"{name} contradicts topk_idx")
+
+
+def combine_request(place: Place, x: Any, handle: Any, topk_weights: Any, bias: Any) -> CombineRequest:
+    """Check a combine."""
+    own_handle(place, handle, DispatchHandle)
+    tokens = tensor("x", x, torch.bfloat16, [handle.num_rows, "hidden"], place.device, contiguous="rows")
+    hidden = tokens.shape[1]
+    hidden_size("x", hidden)
+    weights = None
+    if topk_weights is not None:
+        if handle.top_k == 0:
+            raise ArgumentError("topk_weights must be None: the dispatch had no topk_idx")
+        columns = [] if handle.expert_layout == "grouped" else [handle.top_k]
+        shape = [handle.num_rows, *columns]
+        weights = tensor("topk_weights", topk_weights, torch.float32, shape, place.device).contiguous()
+    biases = list(bias) if isinstance(bias, (tuple, list)) else [] if bias is None else [bias]
+    if len(biases) > 2:
+        raise ArgumentError(f"bias must be None, a tensor or up to two; got {len(biases)}")
+    checked = [
+        tensor("bias", one, torch.bfloat16, [handle.num_tokens, hidden], place.device).contiguous()
+        for one in biases
+        if one is not None
+    ]
+    return CombineRequest(tokens, handle, weights, checked)
+
+
+def low_latency_dispatch_request(
+    place: Place,
+    x: Any,
+    topk_idx: Any,
+    num_max_tokens: Any,
+    num_experts: Any,
+    recv_stats: Any,
+    wait_stats: Any,
+    use_fp8: Any,
+    round_scale: Any,
+    use_ue8m0: Any,
+    topk_weights: Any,
+) -> LowLatencyDispatchRequest:
+    """Check a low-latency dispatch."""
+    tokens = tensor("x", x, torch.bfloat16, ["num_tokens", "hidden"], place.device, contiguous="rows")
+    most = integer("num_max_dispatch_tokens_per_rank", num_max_tokens, minimum=1)
+    experts = expert_count("num_experts", num_experts, place.num_ranks)
+    num_tokens, hidden = tokens.shape
+    if num_tokens > most:
+        raise ArgumentError(f"x must have at most num_max_dispatch_tokens_per_rank={most} tokens; got {num_tokens}")
+    for name, value in (("use_fp8", use_fp8), ("round_scale", round_scale), ("use_ue8m0", use_ue8m0)):
+        flag(name, value)
+    if use_ue8m0 and not (use_fp8 and round_scale):
+        raise ArgumentError("use_ue8m0 needs use_fp8 and round_scale")
+    hidden_size("x", hidden, 512 if use_ue8m0 else HIDDEN_MULTIPLE)
+    idx = topk_indices(place, topk_idx, num_tokens)
+    weights = None if topk_weights is None else weights_like(place, topk_weights, idx)
+    if recv_stats is not None:
+        shape = [experts // place.num_ranks]
+        tensor("cumulative_local_expert_recv_stats", recv_stats, torch.int32, shape, place.device)
+    wait_statistics(place, "dispatch_wait_recv_cost_stats", wait_stats)
+    layout = place.layout(idx, experts)
+    return LowLatencyDispatchRequest(
+        tokens, idx, weights, layout, most, experts, recv_stats, wait_stats, use_fp8, round_scale, use_ue8m0
+    )
+
+
+def low_latency_combine_request(
+    place: Place,
+    x: Any,
+    topk_idx: Any,
+    topk_weights: Any,
+    handle: Any,
+    use_logfmt: Any,
+    zero_copy: Any,
+    out: Any,
+    wait_stats: Any,
+) -> LowLatencyCombineRequest:
+    """Check a low-latency combine."""
+    own_handle(place, handle, LowLatencyHandle)
+    experts, rows, hidden = handle.shape(place.num_ranks)
+    tokens = tensor("x", x, torch.bfloat16, [experts, rows, hidden], place.device)
+    idx = tensor("topk_idx", topk_idx, torch.int64, [handle.num_tokens, handle.top_k], place.device).contiguous()
+    weights = weights_like(place, topk_weights, idx)
+    if flag("use_logfmt", use_logfmt) and flag("zero_copy", zero_copy):
+        raise ArgumentError("zero_copy and use_logfmt exclude each other; got both")
+    if not zero_copy:
+        tensor("x", x, torch.bfloat16, [experts, rows, hidden], place.device, contiguous="all")
+    if out is not None:
+        tensor("out", out, torch.bfloat16, [handle.num_tokens, hidden], place.device, contiguous="all")
+    wait_statistics(place, "combine_wait_recv_cost_stats", wait_stats)
+    return LowLatencyCombineRequest(tokens, idx, weights, handle, use_logfmt, out, wait_stats)
+
+
+def wait_statistics(place: Place, name: str, stats: Any) -> None:
+    """`[R] int64` or None."""
+    if stats is not None:
+        tensor(name, stats, torch.int64, [place.num_ranks], place.device)

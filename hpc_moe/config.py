@@ -1,0 +1,73 @@
+"""`Config` and the arithmetic of buffer sizes: how many bytes make a call fit in one pass.
+
+What a size means to the kernels is the backends' business; here are only the numbers that a user asks for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Largest hidden size, in channels, and the number that every hidden size must be a multiple of.
+MAX_HIDDEN = 16384
+HIDDEN_MULTIPLE = 128
+
+# The size hints make one pass of this many tokens a rank fit, with up to this many experts a token.
+HINT_TOKENS = 4096
+HINT_TOP_K = 16
+
+# A window starts with a page of its own; then come two slots (one per parity of the pass counter) for every rank.
+_WINDOW_HEADER_BYTES = 4096
+# One row of the largest hidden size in float32 (a grouped combine), its top-k data, and the alignment of its arrays.
+_MINIMUM_SLOT_BYTES = 80 * 1024
+
+
+def minimum_nvl_bytes(num_ranks: int) -> int:
+    """The smallest window, in bytes, with which every call works (in several passes)."""
+    return _WINDOW_HEADER_BYTES + 2 * num_ranks * _MINIMUM_SLOT_BYTES
+
+
+def minimum_rdma_bytes(num_nodes: int) -> int:
+    """The smallest `num_rdma_bytes`, in bytes, with which every normal call between nodes works."""
+    return 2 * num_nodes * _MINIMUM_SLOT_BYTES
+
+
+def low_latency_staging_bytes(num_tokens: int, hidden: int, num_experts: int) -> int:
+    """Bytes of one combine staging buffer `[L, M*R, H]` bf16 (L*R = num_experts)."""
+    return -(-num_experts * num_tokens * hidden * 2 // 4096) * 4096
+
+
+def _slot_bytes(hidden_bytes: int) -> int:
+    bytes_per_row = hidden_bytes + hidden_bytes // 32 + 12 * HINT_TOP_K + 4 + 16
+    return -(-(HINT_TOKENS * bytes_per_row + 8 * 64) // 64) * 64
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tuning of `dispatch` and `combine`. The CPU backend takes all values and needs none.
+
+    Attributes:
+        num_sms: streaming multiprocessors that the CUDA kernels use.
+        num_max_nvl_chunked_send_tokens: tokens sent at a time inside a node.
+        num_max_nvl_chunked_recv_tokens: tokens a receiver has room for inside a node.
+        num_max_rdma_chunked_send_tokens: the same between nodes.
+        num_max_rdma_chunked_recv_tokens: the same between nodes.
+    """
+
+    num_sms: int = 20
+    num_max_nvl_chunked_send_tokens: int = 6
+    num_max_nvl_chunked_recv_tokens: int = 256
+    num_max_rdma_chunked_send_tokens: int = 6
+    num_max_rdma_chunked_recv_tokens: int = 256
+
+    def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
+        """`num_nvl_bytes`, in bytes, with which 4096 tokens a rank fit in one pass.
+
+        Args:
+            hidden_bytes: bytes of one token (2 * hidden for bf16).
+            num_ranks: R.
+        """
+        return _WINDOW_HEADER_BYTES + 2 * num_ranks * max(_slot_bytes(hidden_bytes), _MINIMUM_SLOT_BYTES)
+
+    def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
+        """`num_rdma_bytes`, in bytes, with which 4096 tokens a rank fit in one pass, if every rank is a node."""
+        return 2 * num_ranks * max(_slot_bytes(hidden_bytes), _MINIMUM_SLOT_BYTES)
