@@ -106,6 +106,17 @@ class Group:
         return [vote[2 : 2 + num_bytes] for vote in ballots]
 
     @contextlib.contextmanager
+    def freed_on_error(self) -> Iterator[None]:
+        """Free the duplicate if the block raises, unless it was for a rank that did not come."""
+        try:
+            yield
+        except PeerTimeoutError:
+            raise
+        except Exception:
+            self.comm.Free()  # steps fail on all ranks or on none, so all are here
+            raise
+
+    @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Run a step and vote on it: if it raised on any rank, every rank raises that rank's error.
 

@@ -110,31 +110,25 @@ class Buffer:
             "ranks_per_node": ranks_per_node,
             "timeout": timeout,
         }
-        agree(group, arguments, lambda: _checked_arguments(arguments, group.size))
-        topology = find_topology(group, ranks_per_node)
-        if topology.num_nodes > 1 and num_rdma_bytes == 0:
-            num_rdma_bytes = max(num_nvl_bytes, minimum_rdma_bytes(topology.num_nodes))
-        elif topology.num_nodes > 1 and num_rdma_bytes < minimum_rdma_bytes(topology.num_nodes):
-            raise ArgumentError(
-                f"Buffer: num_rdma_bytes must be 0 or at least {minimum_rdma_bytes(topology.num_nodes)} for "
-                f"{topology.num_nodes} nodes; got {num_rdma_bytes}"
-            )
         self.group = comm
         self.rank, self.group_size = group.rank, group.size
+        with group.freed_on_error():
+            agree(group, arguments, lambda: _checked_arguments(arguments, group.size))
+            topology = find_topology(group, ranks_per_node)
+            num_rdma_bytes = _rdma_bytes(num_nvl_bytes, num_rdma_bytes, topology.num_nodes)
+            self._backend = CpuBackend(
+                group,
+                topology,
+                num_nvl_bytes=num_nvl_bytes,
+                num_rdma_bytes=num_rdma_bytes,
+                low_latency_mode=low_latency_mode,
+                enable_shrink=enable_shrink,
+                timeout=float(timeout),
+            )
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode = low_latency_mode
         self.topology = topology
-        self._explicitly_destroy = explicitly_destroy
         self._enable_shrink = enable_shrink
-        self._backend = CpuBackend(
-            group,
-            topology,
-            num_nvl_bytes=num_nvl_bytes,
-            num_rdma_bytes=num_rdma_bytes,
-            low_latency_mode=low_latency_mode,
-            enable_shrink=enable_shrink,
-            timeout=float(timeout),
-        )
         self.runtime = self._backend.runtime
         self._place = checks.Place(
             self, self.group_size, topology.num_nodes, self._backend.device, self._backend.layout
@@ -697,6 +691,10 @@ class Buffer:
         with self._naming(name):
             raw = backend.local_memory(checks.flag("use_rdma_buffer", use_rdma_buffer))
             begin = checks.integer("offset", offset, minimum=0, unit=" bytes")
+            if not isinstance(dtype, torch.dtype):
+                raise ArgumentError(f"dtype must be a torch.dtype; got {checks.describe(dtype)}")
+            if not isinstance(size, (Sequence, type(None))) or isinstance(size, str):
+                raise ArgumentError(f"size must be a shape or None; got {checks.describe(size)}")
             room = max(0, raw.numel() - begin) // dtype.itemsize
             shape = [room] if size is None else [checks.integer("size", one, minimum=0) for one in size]
             count = int(torch.Size(shape).numel())
@@ -796,6 +794,18 @@ def _checked_arguments(arguments: dict[str, Any], num_ranks: int) -> dict[str, A
     checked["timeout"] = float(timeout)
     checked["device"] = _device_kind(arguments["device"])
     return checked
+
+
+def _rdma_bytes(num_nvl_bytes: int, num_rdma_bytes: int, num_nodes: int) -> int:
+    """What normal calls between nodes get: what was asked for, or the library's choice."""
+    if num_nodes == 1 or num_nvl_bytes == 0:
+        return num_rdma_bytes
+    smallest = minimum_rdma_bytes(num_nodes)
+    if 0 < num_rdma_bytes < smallest:
+        raise ArgumentError(
+            f"Buffer: num_rdma_bytes must be 0 or at least {smallest} for {num_nodes} nodes; got {num_rdma_bytes}"
+        )
+    return num_rdma_bytes or max(num_nvl_bytes, smallest)
 
 
 def _device_kind(device: Any) -> str:

@@ -340,7 +340,7 @@ def low_latency_dispatch_request(
         flag(name, value)
     if use_ue8m0 and not (use_fp8 and round_scale):
         raise ArgumentError("use_ue8m0 needs use_fp8 and round_scale")
-    hidden_size("x", hidden, 512 if use_ue8m0 else HIDDEN_MULTIPLE)
+    hidden_size("x with use_ue8m0" if use_ue8m0 else "x", hidden, 512 if use_ue8m0 else HIDDEN_MULTIPLE)
     idx = topk_indices(place, topk_idx, num_tokens)
     weights = None if topk_weights is None else weights_like(place, topk_weights, idx)
     if recv_stats is not None:

@@ -104,22 +104,30 @@ class CpuBackend:
         self.enable_shrink = enable_shrink
         self.timeout = timeout
         self.rank, self.num_ranks = group.rank, group.size
-        self.windows: SharedWindows = allocate_windows(group, topology, num_nvl_bytes)
-        with group.step("creating the runtime"):
-            self.runtime = _C.CpuRuntime(
-                self.rank,
-                list(topology.node_of_rank),
-                self.windows.addresses,
-                num_nvl_bytes,
-                low_latency_mode,
-                topology.num_threads,
-            )
-        connect(group, topology, self.runtime, low_latency_mode)
-        with group.step("allocating num_rdma_bytes"):
+        with group.step("checking num_rdma_bytes"):
             have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            if low_latency_mode and num_rdma_bytes > have:
+            if num_rdma_bytes > have:
                 raise ArgumentError(f"num_rdma_bytes={num_rdma_bytes} is more than the machine has: {have} bytes")
+            # Normal calls take what they need of these bytes as they go; they only have to be within them.
             self.rdma_buffer = torch.empty(num_rdma_bytes if low_latency_mode else 0, dtype=torch.uint8)
+        self.windows: SharedWindows = allocate_windows(group, topology, num_nvl_bytes)
+        try:
+            with group.step("creating the runtime"):
+                self.runtime = _C.CpuRuntime(
+                    self.rank,
+                    list(topology.node_of_rank),
+                    self.windows.addresses,
+                    num_nvl_bytes,
+                    low_latency_mode,
+                    topology.num_threads,
+                )
+            connect(group, topology, self.runtime, low_latency_mode)
+        except PeerTimeoutError:
+            keep_forever(self.windows)
+            raise
+        except Exception:
+            self.windows.free()  # all ranks are here: a step fails on all or on none
+            raise
         self.messenger = Messenger(group)
         self.epoch = 0
         self.passes = 0
@@ -281,7 +289,7 @@ class CpuBackend:
         everyones = dict(sorted({**announcements, self.rank: own}.items()))
         rejections = [f"rank {r} rejected its arguments: {a.rejection}" for r, a in everyones.items() if a.rejection]
         if rejections:
-            raise ArgumentError(f"{call.name}: {'; '.join(rejections)}")
+            raise ArgumentError("; ".join(rejections))
         first = next(iter(everyones))
         for rank, announcement in everyones.items():
             if announcement.operation != everyones[first].operation:
@@ -292,7 +300,7 @@ class CpuBackend:
         for index, name in enumerate(call.agreed):
             values = {rank: announcement.fields[index] for rank, announcement in everyones.items()}
             if len(set(values.values())) > 1:
-                raise ArgumentError(f"{call.name}: {difference(name, values)}")
+                raise ArgumentError(difference(name, values))
         return messages, {rank: a.fields[len(call.agreed) :] for rank, a in announcements.items()}
 
     def reject(self, name: str, error: Exception) -> None:

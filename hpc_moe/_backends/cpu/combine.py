@@ -57,7 +57,7 @@ class _Combine:
         begin = time.perf_counter()
         self.call = self.backend.start("combine", self.request.agreed())
         num_tokens = self.handle.num_tokens
-        passes = plan_passes(self.backend, "combine", self.shape, self.rail_shape, num_tokens)
+        passes = plan_passes(self.backend, self.shape, self.rail_shape, num_tokens)
         message = self.backend.message(self.call, (num_tokens,), 0)
         self.backend.send_call(self.call, dict.fromkeys(self.backend.peers, message))
         self._write_to_node(*self._all_tokens(passes.tokens_per_pass, 0))

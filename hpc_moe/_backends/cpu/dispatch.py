@@ -83,7 +83,7 @@ class _Dispatch:
     def run(self) -> DispatchResult:
         begin = time.perf_counter()
         self.call = self.backend.start("dispatch", self.request.agreed())
-        passes = plan_passes(self.backend, "dispatch", self.shape, self.rail_shape, self.num_tokens)
+        passes = plan_passes(self.backend, self.shape, self.rail_shape, self.num_tokens)
         self._announce()
         self._write_to_node(*passes.tokens(0, self.num_tokens))  # overlaps with the exchange of the counts
         counts = self._receive_counts()

@@ -262,6 +262,7 @@ class LowLatency:
         if out is None:
             out = torch.empty(request.handle.num_tokens, request.handle.hidden, dtype=torch.bfloat16)
         combined = out
+        request.topk_weights = request.topk_weights.clone()  # the caller's may change before the receive half runs
         receive = self.pending.add(lambda: self._receive_combine(call, request, routing, own, combined))
         call.counter.seconds += time.perf_counter() - begin
         return combined, receive

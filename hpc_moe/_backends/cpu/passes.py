@@ -31,9 +31,7 @@ class Passes:
         return first, min(first + self.tokens_per_pass, num_tokens)
 
 
-def plan_passes(
-    backend: CpuBackend, name: str, node_shape: _C.PacketShape, rail_shape: _C.PacketShape, num_tokens: int
-) -> Passes:
+def plan_passes(backend: CpuBackend, node_shape: _C.PacketShape, rail_shape: _C.PacketShape, num_tokens: int) -> Passes:
     """As many tokens a pass as the buffers hold, in packets of these shapes inside a node and between nodes.
 
     Where neither limits, `num_tokens`. Equal on all ranks, but for that.
@@ -49,5 +47,5 @@ def plan_passes(
         limits.append(("num_rdma_bytes", rail_shape.capacity(bytes_per_packet)))
     for argument, capacity in limits:
         if capacity < 1:
-            raise ArgumentError(f"{name}: {argument} is too small for one token of this hidden size and top_k")
+            raise ArgumentError(f"{argument} is too small for one token of this hidden size and top_k")
     return Passes(max(1, min((capacity for _, capacity in limits), default=num_tokens)))

@@ -1,0 +1,279 @@
+"""What a buffer is, besides its calls' results: its life, sizes, statistics, events, and the order of hooks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from mpi4py import MPI
+
+import hpc_moe
+from hpc_moe import ArgumentError, Buffer, Config, EventOverlap, UnavailableError
+from hpc_moe.config import minimum_nvl_bytes
+from hpc_moe.testing import make_topk_idx, make_topk_weights
+
+HIDDEN = 256
+M = 16
+
+
+@pytest.fixture
+def both_modes(comm: MPI.Intracomm) -> Iterator[Buffer]:
+    """A buffer for normal and for low-latency calls, of 4 experts a rank."""
+    num_bytes = Buffer.get_low_latency_rdma_size_hint(M, HIDDEN, comm.size, 4 * comm.size)
+    with Buffer(comm, minimum_nvl_bytes(comm.size), num_bytes, low_latency_mode=True, timeout=30) as buffer:
+        yield buffer
+
+
+def tokens(buffer: Buffer, count: int = M, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, topk_idx and topk_weights of this rank: 3 of 4 experts a rank."""
+    generator = torch.Generator().manual_seed(100 * seed + buffer.rank)
+    x = torch.randn(count, HIDDEN, generator=generator).bfloat16()
+    topk_idx = make_topk_idx("balanced", count, 3, 4 * buffer.group_size, buffer.group_size, generator)
+    return x, topk_idx, make_topk_weights(topk_idx, generator)
+
+
+# --- life ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.mpi
+def test_attributes(comm: MPI.Intracomm) -> None:
+    num_bytes = minimum_nvl_bytes(comm.size)
+    with Buffer(comm, num_bytes, timeout=30) as buffer:
+        assert (buffer.rank, buffer.group_size, buffer.group) == (comm.rank, comm.size, comm)
+        assert (buffer.num_nvl_bytes, buffer.num_rdma_bytes, buffer.low_latency_mode) == (num_bytes, 0, False)
+        assert buffer.num_sms == 20
+
+
+@pytest.mark.mpi
+def test_destroying_twice_does_nothing(comm: MPI.Intracomm) -> None:
+    buffer = Buffer(comm, minimum_nvl_bytes(comm.size), timeout=30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        buffer.destroy()
+        buffer.destroy()
+    with pytest.raises(UnavailableError, match=r"Buffer.dispatch: the buffer was destroyed"):
+        buffer.dispatch(torch.zeros(1, 128, dtype=torch.bfloat16))
+
+
+@pytest.mark.mpi
+def test_the_communicator_of_the_caller_is_left_alone(comm: MPI.Intracomm) -> None:
+    own = comm.Dup()
+    with Buffer(own, minimum_nvl_bytes(comm.size), timeout=30):
+        assert own.allreduce(1) == own.size
+    assert own.allreduce(1) == own.size
+    own.Free()
+
+
+@pytest.mark.mpi
+def test_several_buffers_live_side_by_side(comm: MPI.Intracomm) -> None:
+    num_bytes = minimum_nvl_bytes(comm.size)
+    with Buffer(comm, num_bytes, timeout=30) as first, Buffer(comm, num_bytes, timeout=30) as second:
+        for seed in range(3):
+            x, topk_idx, _ = tokens(first, seed=seed)
+            for buffer in (first, second):
+                recv_x, _, _, _, handle, _ = buffer.dispatch(x, topk_idx=topk_idx, num_experts=4 * comm.size)
+                combined, _, _ = buffer.combine(recv_x, handle)
+                ranks = handle.is_token_in_rank.sum(dim=1, keepdim=True)
+                torch.testing.assert_close(combined.float(), x.float() * ranks, rtol=2**-8, atol=0)
+
+
+@pytest.mark.mpi
+def test_many_buffers_leave_nothing_behind(comm: MPI.Intracomm) -> None:
+    """Communicators are a small supply (a few thousand in some MPIs): they must be given back."""
+    for _ in range(50):
+        Buffer(comm, minimum_nvl_bytes(comm.size), timeout=30).destroy()
+
+
+@pytest.mark.mpi
+def test_an_error_in_the_block_is_what_the_block_raises(comm: MPI.Intracomm) -> None:
+    with pytest.raises(KeyError), Buffer(comm, minimum_nvl_bytes(comm.size), timeout=30):
+        raise KeyError("of the user")
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_the_size_hint_makes_4096_tokens_one_pass(comm: MPI.Intracomm, dtype: str) -> None:
+    config = Buffer.get_dispatch_config(comm.size)
+    with Buffer(comm, config.get_nvl_buffer_size_hint(2 * HIDDEN, comm.size), timeout=30) as buffer:
+        x, topk_idx, weights = tokens(buffer, 4096)
+        sent = x if dtype == "bf16" else hpc_moe.fp8.cast_to_fp8(x)
+        _, _, _, _, handle, _ = buffer.dispatch(
+            sent, topk_idx=topk_idx, topk_weights=weights, num_experts=4 * comm.size
+        )
+        assert buffer.stats()["dispatch"]["last_passes"] == 1
+        rows = torch.zeros(handle.num_rows, HIDDEN, dtype=torch.bfloat16)
+        buffer.combine(rows, handle)
+        assert buffer.stats()["combine"]["last_passes"] == 1
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_small_window_takes_more_passes(comm: MPI.Intracomm) -> None:
+    with Buffer(comm, minimum_nvl_bytes(comm.size), timeout=30) as buffer:
+        x, topk_idx, _ = tokens(buffer, 1000)
+        buffer.dispatch(x, topk_idx=topk_idx, num_experts=4 * comm.size)
+        assert buffer.stats()["dispatch"]["last_passes"] >= 6
+        assert buffer.stats()["dispatch"]["calls"] == 1
+
+
+def test_size_hints_grow_with_what_they_depend_on() -> None:
+    config = Config()
+    assert config.get_nvl_buffer_size_hint(4096, 8) > 8 * 4096 * 4096
+    assert config.get_nvl_buffer_size_hint(8192, 8) > config.get_nvl_buffer_size_hint(4096, 8)
+    assert config.get_rdma_buffer_size_hint(4096, 8) > config.get_rdma_buffer_size_hint(4096, 4)
+    # Two staging buffers [E / R, M * R, H] bf16.
+    assert Buffer.get_low_latency_rdma_size_hint(128, 7168, 8, 256) == 2 * 256 * 128 * 7168 * 2
+
+
+def test_bad_numbers_for_hints_are_named() -> None:
+    with pytest.raises(ArgumentError, match="hidden"):
+        Buffer.get_low_latency_rdma_size_hint(128, 100, 8, 256)
+    with pytest.raises(ArgumentError, match="num_experts"):
+        Buffer.get_low_latency_rdma_size_hint(128, 128, 8, 3)
+    with pytest.raises(ArgumentError, match="num_ranks"):
+        Buffer.get_combine_config(0)
+
+
+def test_set_num_sms() -> None:
+    before = Buffer.num_sms
+    try:
+        Buffer.set_num_sms(12)
+        assert Buffer.get_dispatch_config(4).num_sms == 12
+        with pytest.raises(ArgumentError, match="num_sms"):
+            Buffer.set_num_sms(0)
+        assert Buffer.num_sms == 12
+    finally:
+        Buffer.num_sms = before
+
+
+@pytest.mark.mpi
+def test_views_of_the_buffer_show_its_memory(both_modes: Buffer) -> None:
+    for use_rdma in (False, True):
+        whole = both_modes.get_local_buffer_tensor(torch.uint8, use_rdma_buffer=use_rdma)
+        assert whole.numel() == (both_modes.num_rdma_bytes if use_rdma else both_modes.num_nvl_bytes)
+        part = both_modes.get_local_buffer_tensor(torch.int32, (2, 3), 8192, use_rdma)
+        part.copy_(torch.arange(6).view(2, 3))
+        assert whole[8192 : 8192 + 24].view(torch.int32).tolist() == list(range(6))
+
+
+# --- events and hooks ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.mpi
+def test_asynchronous_calls_return_events(both_modes: Buffer) -> None:
+    x, topk_idx, _ = tokens(both_modes)
+    experts = 4 * both_modes.group_size
+    *layout, event = both_modes.get_dispatch_layout(topk_idx, experts, async_finish=True)
+    recv_x, _, _, _, handle, event = both_modes.dispatch(
+        x,
+        num_tokens_per_rank=layout[0],
+        num_tokens_per_rdma_rank=layout[1],
+        num_tokens_per_expert=layout[2],
+        is_token_in_rank=layout[3],
+        topk_idx=topk_idx,
+        previous_event=event,
+        async_finish=True,
+        allocate_on_comm_stream=True,
+    )
+    with event:
+        pass
+    event.current_stream_wait()
+    assert isinstance(Buffer.capture(), EventOverlap)
+    assert len(recv_x) == handle.num_recv_tokens
+
+
+@pytest.mark.mpi
+def test_a_hook_defers_the_receive(both_modes: Buffer) -> None:
+    x, topk_idx, weights = tokens(both_modes)
+    experts = 4 * both_modes.group_size
+    _, expected, _, _, _ = both_modes.low_latency_dispatch(x, topk_idx, M, experts)
+    stats = torch.zeros(4, dtype=torch.int32)
+    _, count, handle, _, hook = both_modes.low_latency_dispatch(
+        x, topk_idx, M, experts, cumulative_local_expert_recv_stats=stats, return_recv_hook=True
+    )
+    count.fill_(-1)
+    with pytest.raises(ArgumentError, match="has not been received"):
+        rows = torch.zeros(handle.shape(both_modes.group_size), dtype=torch.bfloat16)
+        both_modes.low_latency_combine(rows, topk_idx, weights, handle)
+    assert stats.sum() == 0 and (count == -1).all()
+    hook()
+    assert torch.equal(count, expected) and torch.equal(stats, expected)
+    hook()  # once received, it does nothing
+    assert torch.equal(stats, expected)
+
+
+@pytest.mark.mpi
+def test_hooks_run_in_the_order_of_the_sends(both_modes: Buffer) -> None:
+    experts = 4 * both_modes.group_size
+    sends = []
+    for seed in (1, 2):
+        x, topk_idx, _ = tokens(both_modes, seed=seed)
+        sends.append(both_modes.low_latency_dispatch(x, topk_idx, M, experts, use_fp8=False, return_recv_hook=True))
+    third = tokens(both_modes, seed=3)
+    with pytest.raises(ArgumentError, match="2 earlier sends are unreceived"):
+        both_modes.low_latency_dispatch(third[0], third[1], M, experts, return_recv_hook=True)
+    sends[1][4]()  # runs the first one, too
+    sends[0][4]()
+    for seed, send in zip((1, 2), sends, strict=True):
+        x, topk_idx, _ = tokens(both_modes, seed=seed)
+        expected, count, _, _, _ = both_modes.low_latency_dispatch(x, topk_idx, M, experts, use_fp8=False)
+        assert torch.equal(send[1], count)
+        for expert, rows in enumerate(count.tolist()):
+            assert torch.equal(send[0][expert, :rows], expected[expert, :rows])
+
+
+@pytest.mark.mpi
+def test_a_send_keeps_its_tokens(both_modes: Buffer) -> None:
+    """The caller may reuse x as soon as the send has returned."""
+    x, topk_idx, _ = tokens(both_modes)
+    experts = 4 * both_modes.group_size
+    expected, count, _, _, _ = both_modes.low_latency_dispatch(x, topk_idx, M, experts, use_fp8=False)
+    recv_x, _, _, _, hook = both_modes.low_latency_dispatch(
+        x, topk_idx, M, experts, use_fp8=False, return_recv_hook=True
+    )
+    x.fill_(-1)
+    hook()
+    for expert, rows in enumerate(count.tolist()):
+        assert torch.equal(recv_x[expert, :rows], expected[expert, :rows])
+
+
+@pytest.mark.mpi
+def test_normal_and_low_latency_calls_mix(both_modes: Buffer) -> None:
+    experts = 4 * both_modes.group_size
+    for seed in range(4):
+        x, topk_idx, weights = tokens(both_modes, seed=seed)
+        low, _, low_handle, _, hook = both_modes.low_latency_dispatch(
+            x, topk_idx, M, experts, use_fp8=False, return_recv_hook=True, topk_weights=weights
+        )
+        recv_x, _, _, _, handle, _ = both_modes.dispatch(x, topk_idx=topk_idx, num_experts=experts)
+        combined, _, _ = both_modes.combine(recv_x, handle)
+        hook()
+        result, _, _ = both_modes.low_latency_combine(low, topk_idx, weights, low_handle)
+        ranks = handle.is_token_in_rank.sum(dim=1, keepdim=True)
+        torch.testing.assert_close(combined.float(), x.float() * ranks, rtol=2**-8, atol=0)
+        expected = x.float() * weights.sum(dim=1, keepdim=True)
+        torch.testing.assert_close(result.float(), expected, rtol=2**-6, atol=1e-6)
+
+
+@pytest.mark.mpi
+def test_staging_buffers_alternate(both_modes: Buffer) -> None:
+    x, topk_idx, weights = tokens(both_modes)
+    experts = 4 * both_modes.group_size
+    staged = []
+    for _ in range(2):
+        recv_x, _, handle, _, _ = both_modes.low_latency_dispatch(x, topk_idx, M, experts, use_fp8=False)
+        buffer = both_modes.get_next_low_latency_combine_buffer(handle)
+        assert buffer.shape == recv_x.shape and buffer.dtype == torch.bfloat16
+        buffer.copy_(recv_x)
+        staged.append((buffer, handle))
+    assert staged[0][0].data_ptr() != staged[1][0].data_ptr()
+    ignored = torch.zeros_like(staged[0][0])
+    results = [
+        both_modes.low_latency_combine(ignored, topk_idx, weights, handle, zero_copy=True)[0] for _, handle in staged
+    ]
+    assert torch.equal(results[0], results[1])
+    torch.testing.assert_close(results[0].float(), x.float() * weights.sum(dim=1, keepdim=True), rtol=2**-6, atol=1e-6)
