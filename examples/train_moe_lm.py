@@ -1,0 +1,194 @@
+"""Train a small mixture-of-experts language model on real text, with its experts spread over MPI ranks.
+
+    mpirun -n 4 python examples/train_moe_lm.py
+
+The text is the source code of Python's standard library; the model reads bytes. Attention is replicated on all ranks
+(data parallel), each rank holds its share of every layer's experts, and tokens travel with `hpc_moe`. At the end
+`runs/moe_lm/` holds a JSON with all curves and a picture. `--compare-single` trains the same model in one process, too,
+and compares the losses; `--save` and `--resume` work across different numbers of ranks.
+
+The parts are in `examples/moe_lm/`. Not a recipe for good language models: it is small enough for two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mpi4py import MPI
+
+import hpc_moe
+
+# isort: split
+from moe_lm import checkpoint, report
+from moe_lm.model import make_model
+from moe_lm.progress import Progress
+from moe_lm.settings import Settings
+from moe_lm.text import Text, read_stdlib
+from moe_lm.training import History, Trainer, write_sample
+
+PROMPT = b"    def read(self, "
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options of the run, and one per field of `Settings`."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n\n    ")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/moe_lm"), help="folder for the JSON and the picture")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--compare-single",
+        action="store_true",
+        help="train in one process too (rounding to bfloat16 alike), and compare",
+    )
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write a checkpoint at the end")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="go on from a checkpoint, with its settings")
+    parser.add_argument("--stop-after", type=int, metavar="STEP", help="end at this step of the schedule")
+    parser.add_argument(
+        "--sample", type=int, default=300, metavar="BYTES", help="length of the text written at the end"
+    )
+    parser.add_argument("--progress", choices=("auto", "bar", "lines"), default="auto")
+    group = parser.add_argument_group("settings of the model and the training (see moe_lm/settings.py)")
+    for field in dataclasses.fields(Settings):
+        kind = type(field.default)
+        group.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, metavar=kind.__name__)
+    return parser.parse_args(arguments)
+
+
+def train(options: argparse.Namespace, comm: MPI.Intracomm) -> None:
+    """The whole job. Collective."""
+    rank = comm.Get_rank()
+    content = checkpoint.read(options.resume) if options.resume else None
+    settings = (
+        checkpoint.settings_of(content)
+        if content
+        else Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)})
+    )
+    until = min(options.stop_after or settings.steps, settings.steps)
+    text = read_stdlib(comm, settings.max_bytes, settings.seed)
+    hint = hpc_moe.Config().get_nvl_buffer_size_hint(settings.hidden * 2, comm.Get_size())
+    with hpc_moe.Buffer(comm, hint, device=options.device) as buffer:
+        model = make_model(settings, comm, buffer, options.device)
+        trainer = Trainer(settings, model, text, comm, options.device)
+        if content:
+            checkpoint.restore(trainer, content)
+        say = print if rank == 0 else (lambda *_, **__: None)
+        say(_introduction(settings, trainer, text, comm))
+        progress = Progress(trainer.step, until, settings.batch * settings.context, options.progress)
+        trainer.train(until, progress.show if rank == 0 else (lambda record: None))
+        if options.save:
+            checkpoint.save(options.save, trainer)
+            say(f"checkpoint: {options.save}")
+        sample = b""
+        if options.sample > 0:
+            sample = write_sample(model, comm, PROMPT, options.sample, settings.seed, settings.context)
+    machine = report.describe_machine(comm)
+    single = _train_single(settings, text, content, until, options, comm) if options.compare_single else None
+    if rank == 0:
+        _finish(options.out, machine, trainer, single, sample)
+    _wait(comm)
+
+
+def _train_single(
+    settings: Settings,
+    text: Text,
+    content: dict[str, Any] | None,
+    until: int,
+    options: argparse.Namespace,
+    comm: MPI.Intracomm,
+) -> History | None:
+    """The same training in one process, with no communication, on rank 0 while the others wait."""
+    history = None
+    if comm.Get_rank() == 0:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(threads, min(comm.Get_size(), 8)))
+        trainer = Trainer(
+            settings, make_model(settings, None, None, options.device), text, MPI.COMM_SELF, options.device
+        )
+        if content:
+            checkpoint.restore(trainer, content)
+        print("the same in one process:")
+        trainer.train(until, Progress(trainer.step, until, settings.batch * settings.context, options.progress).show)
+        torch.set_num_threads(threads)
+        history = trainer.history
+    _wait(comm)
+    return history
+
+
+def _introduction(settings: Settings, trainer: Trainer, text: Text, comm: MPI.Intracomm) -> str:
+    per_rank = sum(parameter.numel() for parameter in trainer.model.parameters())
+    experts = sum(parameter.numel() for moe in trainer.model.moes for parameter in moe.experts.parameters())
+    total = per_rank + experts * (comm.Get_size() - 1)
+    per_expert = experts * comm.Get_size() // (settings.layers * settings.experts)
+    active = total - settings.layers * (settings.experts - settings.top_k) * per_expert
+    lines = [
+        f"text: {text.train.size / 1e6:.1f} MB of Python's library, {text.held_out.size / 1e6:.1f} MB more held out",
+        f"model: {total / 1e6:.2f} M parameters, {active / 1e6:.2f} M used per byte; {settings.layers} layers of "
+        f"{settings.experts} experts, top-{settings.top_k}",
+        f"ranks: {comm.Get_size()}, each with {settings.experts // comm.Get_size()} experts per layer "
+        f"({per_rank / 1e6:.2f} M parameters)",
+        f"steps: {trainer.step} to {settings.steps}, {settings.batch * settings.context} bytes each",
+        "shown: training loss, speed, share of time in dispatch and combine, busiest expert's load over the mean",
+    ]
+    return "\n".join(lines)
+
+
+def _finish(out: Path, machine: dict[str, Any], trainer: Trainer, single: History | None, sample: bytes) -> None:
+    """Write the report and say what is in it, on rank 0."""
+    out.mkdir(parents=True, exist_ok=True)
+    written = sample.decode(errors="replace")
+    report.write_json(out / "report.json", machine, trainer.settings, trainer.history, single, written)
+    from moe_lm import picture  # here, because matplotlib takes its time and only rank 0 needs it
+
+    picture.draw(out / "report.png", machine, trainer.settings, trainer.history, single)
+    figures = report.summary(trainer.history, trainer.settings, single)
+    if written:
+        print("\nthe model writes:\n\n    " + written.replace("\n", "\n    ").rstrip() + "\n")
+    print(
+        f"loss {figures['first_bits_per_byte']:.2f} -> {figures['last_bits_per_byte']:.2f} bits per byte "
+        f"(held-out files: {figures['held_out_bits_per_byte']:.2f}), {figures['tokens_per_second']:,.0f} tokens/s, "
+        f"{figures['dispatch_share']:.0%} of the time in dispatch, {figures['combine_share']:.0%} in combine"
+    )
+    if single is not None:
+        print(
+            "difference of the loss to the same training in one process, in bits per byte: mean "
+            f"{figures['mean_difference_to_single_process']:.4f}, largest of any step "
+            f"{figures['largest_difference_to_single_process']:.4f}"
+        )
+    print(f"report: {out / 'report.json'}, {out / 'report.png'}")
+
+
+def _wait(comm: MPI.Intracomm) -> None:
+    """A barrier that leaves the cores to rank 0, which may work for minutes."""
+    request = comm.Ibarrier()
+    while not request.Test():
+        time.sleep(0.01)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run; an error on one rank ends all ranks."""
+    comm = MPI.COMM_WORLD
+    quiet: Any = contextlib.nullcontext() if comm.Get_rank() == 0 else contextlib.redirect_stderr(io.StringIO())
+    with quiet:
+        options = parse(arguments)
+    try:
+        train(options, comm)
+    except Exception:
+        traceback.print_exc()
+        if comm.Get_size() == 1:
+            raise SystemExit(1) from None
+        comm.Abort(1)
+
+
+if __name__ == "__main__":
+    main()

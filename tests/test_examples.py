@@ -1,0 +1,131 @@
+"""The examples run under mpirun: the loss falls, the report is there, one process and other rank counts agree."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytestmark = [pytest.mark.launcher, pytest.mark.timeout(300)]
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+TINY = (
+    "--layers=2",
+    "--hidden=128",
+    "--heads=2",
+    "--experts=12",
+    "--ffn-hidden=32",
+    "--context=32",
+    "--batch=16",
+    "--learning-rate=2e-3",  # low, so that rounding grows slowly
+    "--steps=30",
+    "--warmup=5",
+    "--max-bytes=2000000",
+    "--eval-windows=8",
+    "--eval-every=10",
+    "--sample=10",
+)
+
+Mpirun = Callable[..., Any]
+
+
+Train = Callable[..., tuple[dict[str, Any], str]]
+
+
+@pytest.fixture(scope="session")
+def train(mpirun: Mpirun, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """Run the training on some ranks with more options; returns the JSON and what was printed."""
+
+    def run(ranks: int, *options: str | Path) -> tuple[dict[str, Any], str]:
+        out = tmp_path_factory.mktemp("out")
+        result = mpirun(ranks, EXAMPLES / "train_moe_lm.py", *TINY, f"--out={out}", *options, limit=120.0)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert (out / "report.png").stat().st_size > 20_000
+        report: dict[str, Any] = json.loads((out / "report.json").read_text())
+        return report, result.stdout
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def whole_run(train: Train) -> tuple[dict[str, Any], str]:
+    """All steps on 4 ranks, and in one process."""
+    return train(4, "--compare-single")
+
+
+def _bits(report: dict[str, Any]) -> np.ndarray:
+    return np.array(report["curves"]["bits"])
+
+
+def _assert_same_run(bits: np.ndarray, expected: np.ndarray) -> None:
+    """Equal at first; then a token near the border between two experts may choose the other one, and that grows."""
+    difference = np.abs(bits - expected)
+    assert difference[:3].max() < 0.002 and difference.mean() < 0.01 and difference.max() < 0.05, difference.tolist()
+
+
+def test_dispatch_combine(mpirun: Mpirun) -> None:
+    result = mpirun(3, EXAMPLES / "dispatch_combine.py")
+    assert result.returncode == 0, result.stderr
+    assert "3 ranks x 1000 tokens" in result.stdout
+    error = float(result.stdout.split("combined result: ")[1].split()[0])
+    assert error < 0.01
+
+
+def test_dispatch_combine_is_short() -> None:
+    assert len((EXAMPLES / "dispatch_combine.py").read_text().splitlines()) < 40
+
+
+def test_training_and_single_process_agree(whole_run: tuple[dict[str, Any], str]) -> None:
+    report, printed = whole_run
+    bits = _bits(report)
+    assert len(bits) == 30
+    assert 7.5 < bits[0] < 8.5 and bits[-5:].mean() < bits[0] - 2.5
+    assert report["evaluations"]["step"] == [0, 10, 20, 30]
+    assert report["evaluations"]["bits_per_byte"][-1] < 6
+    single = np.array(report["single_process_curves"]["bits"])
+    _assert_same_run(bits, single)
+    assert "difference of the loss to the same training in one process" in printed
+    assert report["machine"]["ranks"] == 4
+    load = np.array(report["expert_load"]["columns_layers_experts"])
+    assert load.shape == (30, 2, 12) and (load.sum(axis=2) == 16 * 32 * 2).all()
+    assert 0 < report["summary"]["dispatch_share"] < 1 and 0 < report["summary"]["combine_share"] < 1
+    assert "the model writes" in printed and "def read" in report["sample"]
+
+
+def test_resume_with_another_number_of_ranks(
+    train: Train, whole_run: tuple[dict[str, Any], str], tmp_path: Path
+) -> None:
+    """From a checkpoint of 1 rank, 2 ranks go on with the curve that 4 ranks have without a break."""
+    file = tmp_path / "middle.pt"
+    train(1, "--stop-after=8", f"--save={file}")
+    resumed, printed = train(2, f"--resume={file}", "--layers=1")  # the checkpoint's settings win
+    assert "steps: 8 to 30" in printed
+    assert resumed["curves"]["step"] == list(range(1, 31))
+    assert resumed["settings"] == whole_run[0]["settings"]
+    _assert_same_run(_bits(resumed), _bits(whole_run[0]))
+
+
+def test_more_ranks_than_windows(train: Train) -> None:
+    """A rank without a window trains along with no tokens."""
+    report, _ = train(3, "--batch=2", "--steps=3", "--eval-windows=2", "--compare-single")
+    single = np.array(report["single_process_curves"]["bits"])
+    assert np.abs(_bits(report) - single).max() < 0.005
+
+
+def test_an_error_ends_the_job(mpirun: Mpirun, tmp_path: Path) -> None:
+    result = mpirun(2, EXAMPLES / "train_moe_lm.py", *TINY, "--experts=5", f"--out={tmp_path}", limit=60.0)
+    assert result.returncode not in (0, 124)
+    assert "multiple of the 2 ranks" in result.stderr
+
+
+def test_cuda_is_a_clear_error(mpirun: Mpirun, tmp_path: Path) -> None:
+    if os.path.exists("/dev/nvidia0"):
+        pytest.skip("there is a GPU")
+    result = mpirun(1, EXAMPLES / "train_moe_lm.py", *TINY, "--device=cuda", f"--out={tmp_path}", limit=60.0)
+    assert result.returncode not in (0, 124)
+    assert "UnavailableError" in result.stderr or "BootstrapError" in result.stderr
