@@ -309,5 +309,5 @@ PYBIND11_MODULE(_C, module) {
     hpc_moe::bind_reduce(module);
     hpc_moe::bind_convert(module);
     hpc_moe::bind_runtime(module);
-    module.attr("LOGFMT_GROUP") = hpc_moe::kGroup;
+    module.attr("__version__") = HPC_MOE_VERSION;
 }

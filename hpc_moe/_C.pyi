@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-LOGFMT_GROUP: int
 __version__: str
 
 class PacketShape:

@@ -8,10 +8,16 @@
 #include <cstring>
 
 // Functions so marked are compiled once per instruction set and chosen at load time, so that one build runs on the
-// login node and uses the wide vectors of the compute node. Sanitizers cannot run in the resolvers that this needs.
+// login node and uses the wide vectors of the compute node. Levels, not single extensions: the loops want the byte and
+// word forms too (AVX-512BW), and "arch=" with a vendor's name would never match another vendor's processor. Sanitizers
+// cannot run in the resolvers that this needs.
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(HPC_MOE_SANITIZE)
-#define HPC_MOE_MULTIVERSION __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
+#if __GNUC__ >= 12
+#define HPC_MOE_MULTIVERSION __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define HPC_MOE_MULTIVERSION __attribute__((target_clones("default", "avx2")))
+#endif
 #else
 #define HPC_MOE_MULTIVERSION
 #endif
