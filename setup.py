@@ -3,9 +3,10 @@
 Needs a C++17 compiler with OpenMP, the Python headers, CMake and Ninja or make; neither torch nor MPI. What is missing
 is named together with its remedy before CMake starts. Environment variables:
 
-    CXX                  the C++ compiler
-    HPC_MOE_CMAKE_ARGS   further arguments for CMake, e.g. "-DHPC_MOE_WERROR=ON"
-    HPC_MOE_BUILD_JOBS   compile jobs at a time (default: the cores available)
+    CXX                      the C++ compiler
+    HPC_MOE_CMAKE_ARGS       further arguments for CMake, e.g. "-DHPC_MOE_WERROR=ON"
+    HPC_MOE_BUILD_JOBS       compile jobs at a time (default: the cores available)
+    HPC_MOE_PYTHON_INCLUDE   the folder of Python.h, where it is not this Python's own
 """
 
 from __future__ import annotations
@@ -46,15 +47,16 @@ def find_cxx() -> str:
     )
 
 
-def check_headers() -> None:
-    """Python.h must be there."""
-    include = Path(sysconfig.get_paths()["include"])
+def python_include() -> Path:
+    """The folder of Python.h: `$HPC_MOE_PYTHON_INCLUDE`, else this Python's own."""
+    include = Path(os.environ.get("HPC_MOE_PYTHON_INCLUDE") or sysconfig.get_paths()["include"])
     if not (include / "Python.h").is_file():
         raise fail(
             f"the Python headers are missing ({include / 'Python.h'} does not exist).",
             "apt-get install python3-dev (Debian, Ubuntu), dnf install python3-devel (RHEL), or use a Python that "
             "brings them (conda, pyenv, the site's Python module).",
         )
+    return include
 
 
 def find_cmake() -> str:
@@ -96,14 +98,18 @@ class CMakeBuild(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         folder = Path(self.build_temp).resolve() / "cmake"
         cxx = find_cxx()
-        check_headers()
+        include = python_include()
+        flags = [*shlex.split(cxx)[1:], os.environ.get("CXXFLAGS", "")]
+        if os.environ.get("HPC_MOE_PYTHON_INCLUDE"):
+            flags.append(f"-I{include.parent}")  # Debian's Python.h includes a file by its path from there
         configure = [
             find_cmake(), "-S", str(ROOT), "-B", str(folder),
             *generator_args(),
             f"-DCMAKE_CXX_COMPILER={shlex.split(cxx)[0]}",
-            f"-DCMAKE_CXX_FLAGS={' '.join(shlex.split(cxx)[1:] + [os.environ.get('CXXFLAGS', '')]).strip()}",
+            f"-DCMAKE_CXX_FLAGS={' '.join(flags).strip()}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DPython_INCLUDE_DIR={include}",
             f"-Dpybind11_DIR={pybind11_dir()}",
             f"-DHPC_MOE_VERSION={self.distribution.get_version()}",
             *shlex.split(os.environ.get("HPC_MOE_CMAKE_ARGS", "")),

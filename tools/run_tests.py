@@ -26,10 +26,10 @@ NO_TESTS_COLLECTED = 5
 def run_part(ranks: int, pytest_args: list[str], env: dict[str, str], limit: float) -> int:
     """Run one part, `ranks` = 0 meaning the plain process; return its exit status."""
     colour = "yes" if sys.stdout.isatty() else "no"  # the launcher may give the ranks a terminal of its own
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--color={colour}"]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--color={colour}", "--durations=5"]
     if ranks:
         return launch.run(ranks, [*pytest, "--with-mpi", "-m", "mpi and not launcher", *pytest_args], limit, env)
-    line = ["timeout", "--foreground", "-k", "10", str(limit), *pytest, "-m", "not mpi", *pytest_args]
+    line = ["timeout", "--foreground", "-s", "INT", "-k", "30", str(limit), *pytest, "-m", "not mpi", *pytest_args]
     return subprocess.run(line, env=env, stdin=subprocess.DEVNULL, check=False).returncode
 
 
@@ -37,7 +37,7 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="*", default=[0, 1, 2, 3, 4], help="0 stands for the plain process")
-    parser.add_argument("--limit", type=float, default=420.0, metavar="SECONDS", help="time limit of each part")
+    parser.add_argument("--limit", type=float, default=600.0, metavar="SECONDS", help="time limit of each part")
     parser.add_argument("--summary", type=Path, help="file that gets the last line, too")
     args, pytest_args = parser.parse_known_args()
 
