@@ -5,6 +5,8 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "cpu/convert.h"
 #include "cpu/layout.h"
@@ -199,20 +201,31 @@ int64_t pack_tokens(const CpuRuntime& self, const PacketShape& shape, RowView to
     return bytes;
 }
 
+// Delivers rows as received tokens from `begin` on, which must end at or before `end`: nothing is written otherwise.
+int64_t deliver_within(const CpuRuntime& self, const PacketShape& shape, const RowView& view,
+                       const DispatchOutput& output, int64_t begin, int64_t end, uintptr_t next_row) {
+    if (view.num_rows > end - begin) {
+        throw std::runtime_error("more rows arrived than were announced: " + std::to_string(view.num_rows) + " where " +
+                                 std::to_string(end - begin) + " were expected");
+    }
+    deliver(shape, view, output, begin, at<int64_t>(next_row), self.num_threads());
+    return view.num_rows;
+}
+
 // This rank's own share of its tokens in [first, last), delivered without a packet. Returns the number of rows.
 int64_t deliver_own(const CpuRuntime& self, const PacketShape& shape, RowView tokens, uintptr_t is_token_in_rank,
-                    int64_t first, int64_t last, const DispatchOutput& output, int64_t begin, uintptr_t next_row) {
+                    int64_t first, int64_t last, const DispatchOutput& output, int64_t begin, int64_t end,
+                    uintptr_t next_row) {
     const std::vector<int32_t> selected =
         select_tokens(at<bool>(is_token_in_rank), self.num_ranks(), {self.rank()}, first, last);
     tokens.num_rows = static_cast<int64_t>(selected.size());
     tokens.selection = selected.data();
-    deliver(shape, tokens, output, begin, at<int64_t>(next_row), self.num_threads());
-    return tokens.num_rows;
+    return deliver_within(self, shape, tokens, output, begin, end, next_row);
 }
 
 // A packet's rows whose mask has bit `bit` (-1: all rows), delivered. Returns the number of rows.
 int64_t deliver_packet(const CpuRuntime& self, const PacketShape& shape, uintptr_t base, int bit,
-                       const DispatchOutput& output, int64_t begin, uintptr_t next_row) {
+                       const DispatchOutput& output, int64_t begin, int64_t end, uintptr_t next_row) {
     const Packet packet = packet_at(shape, base);
     RowView view = view_of_packet(shape, packet);
     std::vector<int32_t> selected;
@@ -221,8 +234,7 @@ int64_t deliver_packet(const CpuRuntime& self, const PacketShape& shape, uintptr
         view.num_rows = static_cast<int64_t>(selected.size());
         view.selection = selected.data();
     }
-    deliver(shape, view, output, begin, at<int64_t>(next_row), self.num_threads());
-    return view.num_rows;
+    return deliver_within(self, shape, view, output, begin, end, next_row);
 }
 
 // The rows of the packet at `base` whose mask has bit `bit`, written as a packet of shape `target_shape`.
@@ -286,9 +298,10 @@ void bind_runtime(py::module_& module) {
         .def("pack_tokens", &pack_tokens, py::arg("shape"), py::arg("tokens"), py::arg("is_token_in_rank"),
              py::arg("ranks"), py::arg("first"), py::arg("last"), py::arg("base"), ReleaseGil())
         .def("deliver_own", &deliver_own, py::arg("shape"), py::arg("tokens"), py::arg("is_token_in_rank"),
-             py::arg("first"), py::arg("last"), py::arg("output"), py::arg("begin"), py::arg("next_row"), ReleaseGil())
+             py::arg("first"), py::arg("last"), py::arg("output"), py::arg("begin"), py::arg("end"),
+             py::arg("next_row"), ReleaseGil())
         .def("deliver_packet", &deliver_packet, py::arg("shape"), py::arg("base"), py::arg("bit"), py::arg("output"),
-             py::arg("begin"), py::arg("next_row"), ReleaseGil())
+             py::arg("begin"), py::arg("end"), py::arg("next_row"), ReleaseGil())
         .def("forward_packet", &forward_packet, py::arg("shape"), py::arg("base"), py::arg("bit"),
              py::arg("target_shape"), py::arg("target"), ReleaseGil())
         .def("write_rows", &write_rows, py::arg("shape"), py::arg("view"), py::arg("base"), ReleaseGil());

@@ -182,10 +182,11 @@ class CpuRuntime:
         last: int,
         output: DispatchOutput,
         begin: int,
+        end: int,
         next_row: int,
     ) -> int: ...
     def deliver_packet(
-        self, shape: PacketShape, base: int, bit: int, output: DispatchOutput, begin: int, next_row: int
+        self, shape: PacketShape, base: int, bit: int, output: DispatchOutput, begin: int, end: int, next_row: int
     ) -> int: ...
     def forward_packet(
         self, shape: PacketShape, base: int, bit: int, target_shape: PacketShape, target: int

@@ -1,7 +1,9 @@
 """Everything collective about construction: agreement, topology, windows, and the exchange that connects the runtimes.
 
-All of MPI that is not the traffic of a call is here. Every wait has a limit, and every step ends in a vote: if a step
-fails on one rank, all ranks raise the same kind of error, with that rank's message, and nobody is left waiting.
+All of MPI that is not the traffic of a call is here. Every step ends in a vote: if it fails on one rank, all ranks
+raise the same kind of error, with that rank's message, and nobody is left waiting. Votes have a limit. MPI's own
+collectives that have no non-blocking form (splitting a communicator, allocating and freeing windows) come right after a
+vote, when all ranks are known to be there; only a rank that stops in that very moment could hold the others up.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ import contextlib
 import json
 import os
 import struct
-import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ import numpy as np
 from mpi4py import MPI
 
 from .errors import ArgumentError, BootstrapError, Error, PeerTimeoutError, UnavailableError
+from .messenger import Messenger, PeersMissing, Purpose, keep_forever, wait_until
 
 _ERROR_BYTES = 1000  # of an error message that travels
 _ARGUMENTS_BYTES = 1024
@@ -31,79 +33,84 @@ _KINDS: tuple[type[Error], ...] = (BootstrapError, ArgumentError, UnavailableErr
 _NODES_VARIABLE = "HPC_MOE_TEST_NODE_OF_RANK"
 
 
-def wait_until(done: Callable[[], bool], limit: float) -> bool:
-    """Poll `done` until it is true or `limit` seconds have passed; returns whether it became true.
-
-    Between polls the core is yielded: with more ranks than cores, spinning would take the time of the rank waited for.
-    """
-    if done():
-        return True
-    start = time.monotonic()
-    while not done():
-        waited = time.monotonic() - start
-        if waited > limit:
-            return False
-        if waited < 1.0:
-            os.sched_yield()
-        else:
-            time.sleep(0.001)  # a long wait is not about microseconds
-    return True
-
-
 class Group:
-    """The buffer's own duplicate of the user's communicator, with collectives whose waits have a limit."""
+    """The buffer's own duplicate of the user's communicator, with steps that all ranks take together or not at all."""
 
     def __init__(self, comm: MPI.Intracomm, limit: float) -> None:
         self.limit = limit
-        self.comm, request = comm.Idup()
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        self.comm, request = comm.Idup()
         if not wait_until(request.Test, limit):
+            keep_forever(self.comm, request)
             raise PeerTimeoutError(
                 f"Buffer on rank {self.rank} waited {limit:g} s for the other ranks of comm to construct theirs",
                 operation="Buffer",
                 rank=self.rank,
             )
-
-    def allgather(self, data: bytes, num_bytes: int, what: str) -> list[bytes]:
-        """Gather `num_bytes` bytes from every rank (shorter data is padded with zeros).
-
-        Raises:
-            PeerTimeoutError: a rank did not take part within the limit.
-        """
-        if len(data) > num_bytes:
-            raise ValueError(f"{what}: {len(data)} bytes do not fit in {num_bytes}")
-        send = np.zeros(num_bytes, np.uint8)
-        send[: len(data)] = np.frombuffer(data, np.uint8)
-        receive = np.empty(self.size * num_bytes, np.uint8)
-        request = self.comm.Iallgather(send, receive)
-        if not wait_until(request.Test, self.limit):
-            _UNFINISHED.append((request, send, receive))
-            raise PeerTimeoutError(
-                f"Buffer on rank {self.rank} waited {self.limit:g} s for the other ranks to {what}",
-                operation="Buffer",
-                rank=self.rank,
-            )
-        return [receive[r * num_bytes : (r + 1) * num_bytes].tobytes() for r in range(self.size)]
+        self.messenger = Messenger(self.comm)
+        self._steps = 0
 
     def exchange(self, name: str, num_bytes: int, produce: Callable[[], bytes]) -> list[bytes]:
         """Gather what `produce` returns on every rank; if it raises on any, every rank raises that rank's error.
 
-        `produce` must not communicate.
+        First the ranks tell each other that they are here, and only then gather. So a rank that gave up waiting is
+        missed by a late one, which would otherwise go on alone, into a call of MPI that waits for ever.
+
+        Args:
+            name: of the step, for messages.
+            num_bytes: of what `produce` returns (less is padded with zeros).
+            produce: must not communicate.
+
+        Raises:
+            PeerTimeoutError: a rank did not come within the limit.
         """
         error: Exception | None = None
         try:
-            ballot = b"\0\0" + produce()
+            data = produce()
+            if len(data) > num_bytes:
+                raise ValueError(f"{len(data)} bytes do not fit in {num_bytes}")
+            ballot = b"\0\0" + data
         except Exception as caught:
             error = caught
             kind = next((i for i, k in enumerate(_KINDS) if isinstance(caught, k)), 0)
             text = str(caught) if isinstance(caught, Error) else f"{type(caught).__name__}: {caught}"
             ballot = bytes([1, kind]) + text.encode()[:_ERROR_BYTES]
-        ballots = self.allgather(ballot, 2 + max(num_bytes, _ERROR_BYTES), f"finish the step '{name}'")
+        self._arrive(name)
+        ballots = self._gather(name, ballot, 2 + max(num_bytes, _ERROR_BYTES))
         for rank, vote in enumerate(ballots):
             if vote[0]:
                 text = vote[2:].rstrip(b"\0").decode(errors="replace")
                 raise _KINDS[vote[1]](f"Buffer: {name} failed on rank {rank}: {text}") from error
         return [vote[2 : 2 + num_bytes] for vote in ballots]
+
+    def _arrive(self, name: str) -> None:
+        self._steps += 1
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        for rank in others:
+            self.messenger.send(rank, Purpose.STEP, self._steps, np.empty(0, np.uint8))
+        try:
+            self.messenger.receive(others, Purpose.STEP, self._steps, self.limit)
+        except PeersMissing as missing:
+            raise self._timeout(name, missing.ranks) from None
+
+    def _gather(self, name: str, data: bytes, num_bytes: int) -> list[bytes]:
+        send = np.zeros(num_bytes, np.uint8)
+        send[: len(data)] = np.frombuffer(data, np.uint8)
+        receive = np.empty(self.size * num_bytes, np.uint8)
+        request = self.comm.Iallgather(send, receive)
+        if not wait_until(request.Test, self.limit):
+            keep_forever(request, send, receive)
+            raise self._timeout(name, ())
+        return [receive[r * num_bytes : (r + 1) * num_bytes].tobytes() for r in range(self.size)]
+
+    def _timeout(self, name: str, ranks: tuple[int, ...]) -> PeerTimeoutError:
+        whom = f"rank {', '.join(map(str, ranks))}" if ranks else "ranks that gave up before"
+        return PeerTimeoutError(
+            f"Buffer on rank {self.rank} waited {self.limit:g} s for {whom} in the step '{name}'",
+            operation="Buffer",
+            rank=self.rank,
+            peers=ranks,
+        )
 
     @contextlib.contextmanager
     def freed_on_error(self) -> Iterator[None]:
@@ -134,15 +141,6 @@ class Group:
             return b""
 
         self.exchange(name, 0, outcome)
-
-
-# Requests given up on, with the memory that MPI may still touch. Kept until the process exits.
-_UNFINISHED: list[Any] = []
-
-
-def keep_forever(*things: Any) -> None:
-    """Keep what MPI or a peer may still use; there is no safe moment to free it after a peer was lost."""
-    _UNFINISHED.append(things)
 
 
 @dataclass(frozen=True)
@@ -261,13 +259,16 @@ def find_topology(group: Group, ranks_per_node: int | None) -> Topology:
     return Topology(group.rank, node_of_rank, ranks_of_node, tuple(record[2] for record in records), num_threads)
 
 
-def agree(group: Group, names: Iterable[str], check: Callable[[], dict[str, Any]]) -> None:
+def agree(group: Group, names: Iterable[str], check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Check the arguments on every rank, and that all ranks passed the same. Collective.
 
     Args:
         group: the ranks.
         names: of the arguments, in the order in which differences are reported.
         check: returns this rank's arguments, as JSON can hold them, or raises what is wrong with them.
+
+    Returns:
+        The arguments.
 
     Raises:
         ArgumentError: an argument is wrong on some rank, or differs between ranks; the same on every rank.
@@ -280,6 +281,8 @@ def agree(group: Group, names: Iterable[str], check: Callable[[], dict[str, Any]
         values = {rank: other[name] for rank, other in enumerate(everyones)}
         if any(value != values[0] for value in values.values()):
             raise ArgumentError(f"Buffer: {difference(name, values)}")
+    own: dict[str, Any] = everyones[group.rank]
+    return own
 
 
 def difference(name: str, values: Mapping[int, Any]) -> str:
@@ -360,7 +363,6 @@ class SharedWindows:
     win: MPI.Win | None = None
     comm: MPI.Intracomm | None = None
     addresses: list[int] = field(default_factory=list)
-    num_bytes: int = 0
 
     def memory(self, local_rank: int) -> memoryview:
         """This process's mapping of the window of one rank of the node."""
@@ -385,6 +387,11 @@ class SharedWindows:
             self.comm = None
 
 
+def physical_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def allocate_windows(group: Group, topology: Topology, num_bytes: int) -> SharedWindows:
     """Allocate a window of `num_bytes` bytes on every rank, shared by the ranks of a node. Collective.
 
@@ -394,20 +401,25 @@ def allocate_windows(group: Group, topology: Topology, num_bytes: int) -> Shared
     """
     with group.step("checking num_nvl_bytes"):
         wanted = num_bytes * len(topology.local_ranks)
-        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if wanted > have:
+        if wanted > physical_memory():
             raise ArgumentError(
                 f"num_nvl_bytes={num_bytes} is more than the machine has: {len(topology.local_ranks)} ranks on this "
-                f"node need {wanted} bytes of {have}"
+                f"node need {wanted} bytes of {physical_memory()}"
             )
+    windows = SharedWindows()
     if num_bytes == 0:
-        return SharedWindows()
-    windows = SharedWindows(num_bytes=num_bytes)
-    with group.step("allocating shared windows"):
-        comm = windows.comm = cast(MPI.Intracomm, group.comm.Split(topology.node, group.rank))
-        info = MPI.Info.Create({"alloc_shared_noncontig": "true"})  # every window on pages of its own
-        windows.win = MPI.Win.Allocate_shared(num_bytes, 1, info, comm)
-        info.Free()
-        windows.win.Lock_all(MPI.MODE_NOCHECK)
-        windows.addresses = [windows.win.Shared_query(local)[0].address for local in range(len(topology.local_ranks))]
+        return windows
+    try:
+        with group.step("allocating shared windows"):
+            comm = windows.comm = cast(MPI.Intracomm, group.comm.Split(topology.node, group.rank))
+            info = MPI.Info.Create()
+            info.Set("alloc_shared_noncontig", "true")  # every window on pages of its own
+            windows.win = MPI.Win.Allocate_shared(num_bytes, 1, info, comm)
+            info.Free()
+            windows.win.Lock_all(MPI.MODE_NOCHECK)
+            locals_ = range(len(topology.local_ranks))
+            windows.addresses = [windows.win.Shared_query(local)[0].address for local in locals_]
+    except Exception:
+        keep_forever(windows)  # freeing is collective, and not every rank may have got one
+        raise
     return windows

@@ -18,7 +18,7 @@ from mpi4py import MPI
 from . import checks
 from ._backends.cpu import CpuBackend
 from .bootstrap import Group, agree, find_topology
-from .config import Config, low_latency_staging_bytes, minimum_nvl_bytes, minimum_rdma_bytes
+from .config import Config, low_latency_staging_bytes
 from .errors import ArgumentError, UnavailableError
 from .events import EventOverlap
 from .handles import DispatchHandle, LowLatencyHandle
@@ -94,9 +94,9 @@ class Buffer:
             UnavailableError: `device` is CUDA and this build has no CUDA runtime.
         """
         self._backend: CpuBackend | None = None
-        _check_communicator(comm)
-        limit = timeout if isinstance(timeout, (int, float)) and timeout > 0 else 100.0
-        group = Group(comm, limit)
+        checks.communicator(comm)
+        # Of a wrong timeout the others must still be told.
+        group = Group(comm, timeout if checks.is_timeout(timeout) else 100.0)
         arguments = {
             "num_nvl_bytes": num_nvl_bytes,
             "num_rdma_bytes": num_rdma_bytes,
@@ -113,9 +113,10 @@ class Buffer:
         self.group = comm
         self.rank, self.group_size = group.rank, group.size
         with group.freed_on_error():
-            agree(group, arguments, lambda: _checked_arguments(arguments, group.size))
-            topology = find_topology(group, ranks_per_node)
-            num_rdma_bytes = _rdma_bytes(num_nvl_bytes, num_rdma_bytes, topology.num_nodes)
+            checked = agree(group, arguments, lambda: checks.buffer_arguments(arguments, group.size))
+            topology = find_topology(group, checked["ranks_per_node"])
+            num_nvl_bytes = checked["num_nvl_bytes"]
+            num_rdma_bytes = checks.rdma_bytes(num_nvl_bytes, checked["num_rdma_bytes"], topology.num_nodes)
             self._backend = CpuBackend(
                 group,
                 topology,
@@ -130,8 +131,8 @@ class Buffer:
         self.topology = topology
         self._enable_shrink = enable_shrink
         self.runtime = self._backend.runtime
-        self._place = checks.Place(
-            self, self.group_size, topology.num_nodes, self._backend.device, self._backend.layout
+        self._facts = checks.BufferFacts(
+            self, self.group_size, topology.ranks_of_node, self._backend.device, self._backend.layout
         )
 
     # --- life --------------------------------------------------------------------------------------------------------
@@ -197,20 +198,28 @@ class Buffer:
         return self._backend
 
     @contextlib.contextmanager
-    def _naming(self, name: str) -> Iterator[None]:
+    def _running(self, name: str) -> Iterator[CpuBackend]:
+        """A collective call under way: what goes wrong now, but for what all ranks agree on, leaves it half done."""
+        backend = self._usable(name)
         try:
-            yield
+            yield backend
         except ArgumentError as error:
             raise ArgumentError(f"Buffer.{name}: {error}") from None
+        except BaseException as error:
+            backend.broken = backend.broken or f"{name}: {type(error).__name__}: {error}"
+            raise
 
     @contextlib.contextmanager
-    def _or_reject(self, name: str) -> Iterator[CpuBackend]:
+    def _or_reject(self, name: str, cleaning: bool = False) -> Iterator[CpuBackend]:
         """The checks of a collective call: whatever they raise is told to the peers, which raise too."""
         backend = self._usable(name)
         try:
             yield backend
         except Exception as error:
-            backend.reject(name, error)
+            if cleaning:
+                backend.reject_cleaning(error)
+            else:
+                backend.reject(name, error)
             if isinstance(error, ArgumentError):
                 raise ArgumentError(f"Buffer.{name}: {error}") from None
             raise
@@ -244,9 +253,9 @@ class Buffer:
         """
         name = "get_dispatch_layout"
         backend = self._usable(name)
-        with self._naming(name):
+        with _naming(name):
             checks.stream_arguments(previous_event, async_finish, allocate_on_comm_stream)
-            idx = checks.topk_indices(self._place, topk_idx)
+            idx = checks.topk_indices(self._facts, topk_idx)
             layout = backend.layout(idx, checks.expert_count("num_experts", num_experts, self.group_size))
         return (
             layout.num_tokens_per_rank,
@@ -319,7 +328,7 @@ class Buffer:
         with self._or_reject(name) as backend:
             self._check_normal_call(config, previous_event, async_finish, allocate_on_comm_stream)
             request = checks.dispatch_request(
-                self._place,
+                self._facts,
                 x,
                 handle,
                 {
@@ -335,7 +344,8 @@ class Buffer:
                 num_experts,
                 expert_layout,
             )
-        with self._naming(name):
+            backend.check_normal(request)
+        with self._running(name):
             result = backend.dispatch(request)
         recv_x = result.recv_x if result.recv_scales is None else (result.recv_x, result.recv_scales)
         if result.handle is None:
@@ -387,8 +397,9 @@ class Buffer:
         name = "combine"
         with self._or_reject(name) as backend:
             self._check_normal_call(config, previous_event, async_finish, allocate_on_comm_stream)
-            request = checks.combine_request(self._place, x, handle, topk_weights, bias)
-        with self._naming(name):
+            request = checks.combine_request(self._facts, x, handle, topk_weights, bias)
+            backend.check_normal(request)
+        with self._running(name):
             combined, weights = backend.combine(request)
         return combined, weights, EventOverlap()
 
@@ -441,7 +452,8 @@ class Buffer:
             use_ue8m0: with both, store scales as exponent bytes, four to an int32.
             async_finish: do not make the current stream wait; excludes `return_recv_hook`.
             return_recv_hook: only send; the returned hook receives, and fills the returned tensors. At most two sends
-                may be unreceived. Hooks run in the order of the calls: one runs those before it, too.
+                may be unreceived. Hooks run in the order of the calls: one runs those before it, too. (An MPI that
+                needs the sender's help for large messages delivers them while the sender is in a later call.)
             topk_weights: `[T, K] float32`: they travel along, and `low_latency_combine` sums a rank's experts before
                 sending; it must then be given the same weights.
 
@@ -460,7 +472,7 @@ class Buffer:
             checks.stream_arguments(None, async_finish, False, return_recv_hook)
             self._check_low_latency_mode()
             request = checks.low_latency_dispatch_request(
-                self._place,
+                self._facts,
                 x,
                 topk_idx,
                 num_max_dispatch_tokens_per_rank,
@@ -474,7 +486,8 @@ class Buffer:
             )
             self._check_low_latency_size(request.num_max_tokens, request.x.shape[1], request.num_experts)
             backend.check_unreceived(return_recv_hook)
-        result = backend.low_latency_dispatch(request)
+        with self._running(name):
+            result = backend.low_latency_dispatch(request)
         result.handle._owner = self
         recv_x = result.recv_x if result.recv_scales is None else (result.recv_x, result.recv_scales)
         hook = self._receive(name, result.receive, return_recv_hook)
@@ -524,7 +537,7 @@ class Buffer:
             checks.stream_arguments(None, async_finish, False, return_recv_hook)
             self._check_low_latency_mode()
             request = checks.low_latency_combine_request(
-                self._place,
+                self._facts,
                 x,
                 topk_idx,
                 topk_weights,
@@ -538,26 +551,27 @@ class Buffer:
                 request.x = backend.staging_buffer(handle)
             backend.check_routing(request)
             backend.check_unreceived(return_recv_hook)
-        combined, receive = backend.low_latency_combine(request)
+        with self._running(name):
+            combined, receive = backend.low_latency_combine(request)
         return combined, EventOverlap(), self._receive(name, receive, return_recv_hook)
 
     def _receive(self, name: str, receive: Callable[[], None], later: bool) -> Callable[[], None] | None:
         """Run the receive half of a call now, or return what runs it later."""
 
         def hook() -> None:
-            self._usable(name)
-            with self._naming(name):
+            with self._running(name):
                 receive()
 
         if later:
             return hook
-        hook()
+        with self._running(name) as backend:
+            backend.receive_now(receive)
         return None
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
         """The staging buffer, `[L, M*R, H] bfloat16`, that a `zero_copy` combine of this handle reads.
 
-        There are two, used in turn by dispatches: this handle's is free until the second next dispatch's combine.
+        There are two: the next dispatch uses the other one, and the one after it this one again.
 
         Raises:
             ArgumentError: the handle is not of a low-latency dispatch of this buffer.
@@ -565,8 +579,8 @@ class Buffer:
         """
         name = "get_next_low_latency_combine_buffer"
         backend = self._usable(name)
-        with self._naming(name):
-            checks.own_handle(self._place, handle, LowLatencyHandle)
+        with _naming(name):
+            checks.own_handle(self._facts, handle, LowLatencyHandle)
         return backend.staging_buffer(handle)
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
@@ -586,14 +600,14 @@ class Buffer:
             UnavailableError: the buffer is destroyed or broken.
         """
         name = "clean_low_latency_buffer"
-        with self._or_reject(name) as backend:
+        with self._or_reject(name, cleaning=True) as backend:
             self._check_low_latency_mode()
             most = checks.integer("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank, minimum=1)
             checks.hidden_size("hidden", checks.integer("hidden", hidden, minimum=1))
             experts = checks.expert_count("num_experts", num_experts, self.group_size)
             self._check_low_latency_size(most, hidden, experts)
             backend.check_nothing_unreceived()
-        with self._naming(name):
+        with _naming(name):
             backend.clean_low_latency({"M": most, "hidden": hidden, "num_experts": experts})
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
@@ -611,7 +625,7 @@ class Buffer:
         """
         name = "low_latency_update_mask_buffer"
         backend = self._shrinkable(name)
-        with self._naming(name):
+        with _naming(name):
             rank = checks.integer("rank_to_mask", rank_to_mask, minimum=0)
             if rank >= self.group_size or rank == self.rank:
                 raise ArgumentError(f"rank_to_mask must be another rank below {self.group_size}; got {rank}")
@@ -629,8 +643,8 @@ class Buffer:
         """
         name = "low_latency_query_mask_buffer"
         backend = self._shrinkable(name)
-        with self._naming(name):
-            checks.tensor("mask_status", mask_status, torch.int32, [self.group_size], self._place.device)
+        with _naming(name):
+            checks.tensor("mask_status", mask_status, torch.int32, [self.group_size], self._facts.device)
         mask_status.copy_(torch.tensor([int(rank in backend.masked) for rank in range(self.group_size)]))
 
     def low_latency_clean_mask_buffer(self) -> None:
@@ -646,7 +660,7 @@ class Buffer:
 
     def _shrinkable(self, name: str) -> CpuBackend:
         backend = self._usable(name)
-        with self._naming(name):
+        with _naming(name):
             self._check_low_latency_mode()
             if not self._enable_shrink:
                 raise ArgumentError("the buffer must have been constructed with enable_shrink=True")
@@ -688,7 +702,7 @@ class Buffer:
         """
         name = "get_local_buffer_tensor"
         backend = self._usable(name)
-        with self._naming(name):
+        with _naming(name):
             raw = backend.local_memory(checks.flag("use_rdma_buffer", use_rdma_buffer))
             begin = checks.integer("offset", offset, minimum=0, unit=" bytes")
             if not isinstance(dtype, torch.dtype):
@@ -717,10 +731,8 @@ class Buffer:
         Raises:
             ArgumentError: not a positive number.
         """
-        try:
+        with _naming("set_num_sms"):
             Buffer.num_sms = checks.integer("num_sms", num_sms, minimum=1)
-        except ArgumentError as error:
-            raise ArgumentError(f"Buffer.set_num_sms: {error}") from None
 
     @staticmethod
     def get_dispatch_config(num_ranks: int) -> Config:
@@ -741,12 +753,10 @@ class Buffer:
         Raises:
             ArgumentError: a number is wrong.
         """
-        try:
+        with _naming("get_low_latency_rdma_size_hint"):
             most = checks.integer("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank, minimum=1)
             checks.hidden_size("hidden", checks.integer("hidden", hidden, minimum=1))
             experts = checks.expert_count("num_experts", num_experts, checks.integer("num_ranks", num_ranks, minimum=1))
-        except ArgumentError as error:
-            raise ArgumentError(f"Buffer.get_low_latency_rdma_size_hint: {error}") from None
         return 2 * low_latency_staging_bytes(most, hidden, experts)
 
     @staticmethod
@@ -756,66 +766,15 @@ class Buffer:
 
 
 def _default_config(name: str, num_ranks: int) -> Config:
-    try:
+    with _naming(name):
         checks.integer("num_ranks", num_ranks, minimum=1)
-    except ArgumentError as error:
-        raise ArgumentError(f"Buffer.{name}: {error}") from None
     return Config(num_sms=Buffer.num_sms)
 
 
-def _check_communicator(comm: Any) -> None:
-    """What can be said of a communicator without using it; the others could not be told anyway."""
-    if isinstance(comm, MPI.Comm) and comm == MPI.COMM_NULL:
-        raise ArgumentError("Buffer: comm is a null communicator (freed, or of a rank that is in none)")
-    if not isinstance(comm, MPI.Comm) or comm.Is_inter():
-        kind = "an inter-communicator" if isinstance(comm, MPI.Comm) else type(comm).__name__
-        raise ArgumentError(f"Buffer: comm must be an mpi4py intra-communicator; got {kind}")
-
-
-def _checked_arguments(arguments: dict[str, Any], num_ranks: int) -> dict[str, Any]:
-    """The arguments in the form in which ranks compare them."""
-    checked = dict(arguments)
-    for name, minimum in (("num_nvl_bytes", 0), ("num_rdma_bytes", 0), ("num_qps_per_rank", 1)):
-        checked[name] = checks.integer(name, arguments[name], minimum=minimum)
-    smallest = minimum_nvl_bytes(num_ranks)
-    if 0 < checked["num_nvl_bytes"] < smallest:
-        raise ArgumentError(
-            f"num_nvl_bytes must be 0 or at least {smallest} for {num_ranks} ranks; got {checked['num_nvl_bytes']}"
-        )
-    for name in ("low_latency_mode", "allow_nvlink_for_low_latency_mode", "allow_mnnvl"):
-        checks.flag(name, arguments[name])
-    for name in ("enable_shrink", "explicitly_destroy"):
-        checks.flag(name, arguments[name])
-    if arguments["ranks_per_node"] is not None:
-        checked["ranks_per_node"] = checks.integer("ranks_per_node", arguments["ranks_per_node"], minimum=1)
-    timeout = arguments["timeout"]
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < float("inf"):
-        raise ArgumentError(f"timeout must be a positive number of seconds; got {timeout!r}")
-    checked["timeout"] = float(timeout)
-    checked["device"] = _device_kind(arguments["device"])
-    return checked
-
-
-def _rdma_bytes(num_nvl_bytes: int, num_rdma_bytes: int, num_nodes: int) -> int:
-    """What normal calls between nodes get: what was asked for, or the library's choice."""
-    if num_nodes == 1 or num_nvl_bytes == 0:
-        return num_rdma_bytes
-    smallest = minimum_rdma_bytes(num_nodes)
-    if 0 < num_rdma_bytes < smallest:
-        raise ArgumentError(
-            f"Buffer: num_rdma_bytes must be 0 or at least {smallest} for {num_nodes} nodes; got {num_rdma_bytes}"
-        )
-    return num_rdma_bytes or max(num_nvl_bytes, smallest)
-
-
-def _device_kind(device: Any) -> str:
-    """`"cpu"`; ranks must agree on the kind, not on the index."""
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Put the call's name in front of what the checks raise."""
     try:
-        kind = "cpu" if device is None else torch.device(device).type
-    except (RuntimeError, TypeError):
-        kind = ""
-    if kind not in ("cpu", "cuda"):
-        raise ArgumentError(f"device must be 'cpu', 'cuda', 'cuda:<index>' or None; got {device!r}")
-    if kind == "cuda":
-        raise UnavailableError("device='cuda': this build of hpc_moe has no CUDA runtime; use device='cpu'")
-    return kind
+        yield
+    except ArgumentError as error:
+        raise ArgumentError(f"Buffer.{name}: {error}") from None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from mpi4py import MPI
 
 from ._backends.requests import (
     CombineRequest,
@@ -19,23 +20,30 @@ from ._backends.requests import (
     LowLatencyCombineRequest,
     LowLatencyDispatchRequest,
 )
-from .config import HIDDEN_MULTIPLE, MAX_HIDDEN
-from .errors import ArgumentError
+from .config import HIDDEN_MULTIPLE, MAX_HIDDEN, minimum_nvl_bytes, minimum_rdma_bytes
+from .errors import ArgumentError, UnavailableError
 from .events import EventOverlap
 from .handles import DispatchHandle, LowLatencyHandle
 
 # --- kinds of checks ---------------------------------------------------------------------------------------------
 
 
-def integer(name: str, value: Any, *, minimum: int, unit: str = "") -> int:
-    """An int (or what acts as one, but no bool) of at least `minimum`."""
+def integer(name: str, value: Any, *, minimum: int, maximum: int = 2**31 - 1, unit: str = "") -> int:
+    """An int (or what acts as one, but no bool) from `minimum` to `maximum`."""
     try:
         number = operator.index(value)
     except TypeError:
         number = None
     if number is None or isinstance(value, bool) or number < minimum:
-        raise ArgumentError(f"{name} must be an integer of at least {minimum}{unit}; got {value!r}")
+        raise ArgumentError(f"{name} must be an integer of at least {minimum}{unit}; got {_shown(value)}")
+    if number > maximum:
+        raise ArgumentError(f"{name} must be at most {maximum}{unit}; got {_shown(value)}")
     return number
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def flag(name: str, value: Any) -> bool:
@@ -95,7 +103,7 @@ def hidden_size(name: str, hidden: int, multiple: int = HIDDEN_MULTIPLE) -> None
     """A hidden size that the kernels take."""
     if hidden < 1 or hidden % multiple or hidden > MAX_HIDDEN:
         raise ArgumentError(
-            f"{name} must have a hidden size that is a multiple of {multiple}, up to {MAX_HIDDEN}; got {hidden}"
+            f"{name}: the hidden size must be a multiple of {multiple}, up to {MAX_HIDDEN}; got {hidden}"
         )
 
 
@@ -120,72 +128,140 @@ def stream_arguments(
         raise ArgumentError("async_finish and return_recv_hook exclude each other; got both")
 
 
+# --- construction ------------------------------------------------------------------------------------------------
+
+
+def communicator(comm: Any) -> None:
+    """What can be said of a communicator without using it; the others could not be told anyway."""
+    if not MPI.Is_initialized() or MPI.Is_finalized():
+        raise ArgumentError("Buffer: comm cannot be used: MPI is not initialised, or finalised already")
+    if isinstance(comm, MPI.Comm) and comm == MPI.COMM_NULL:
+        raise ArgumentError("Buffer: comm is a null communicator (freed, or of a rank that is in none)")
+    if not isinstance(comm, MPI.Comm) or comm.Is_inter():
+        kind = "an inter-communicator" if isinstance(comm, MPI.Comm) else type(comm).__name__
+        raise ArgumentError(f"Buffer: comm must be an mpi4py intra-communicator; got {kind}")
+
+
+def buffer_arguments(arguments: dict[str, Any], num_ranks: int) -> dict[str, Any]:
+    """The arguments in the form in which ranks compare them."""
+    checked = dict(arguments)
+    for name in ("num_nvl_bytes", "num_rdma_bytes"):
+        checked[name] = integer(name, arguments[name], minimum=0, maximum=2**62)
+    checked["num_qps_per_rank"] = integer("num_qps_per_rank", arguments["num_qps_per_rank"], minimum=1)
+    smallest = minimum_nvl_bytes(num_ranks)
+    if 0 < checked["num_nvl_bytes"] < smallest:
+        raise ArgumentError(
+            f"num_nvl_bytes must be 0 or at least {smallest} for {num_ranks} ranks; got {checked['num_nvl_bytes']}"
+        )
+    for name in ("low_latency_mode", "allow_nvlink_for_low_latency_mode", "allow_mnnvl"):
+        flag(name, arguments[name])
+    for name in ("enable_shrink", "explicitly_destroy"):
+        flag(name, arguments[name])
+    if arguments["ranks_per_node"] is not None:
+        checked["ranks_per_node"] = integer("ranks_per_node", arguments["ranks_per_node"], minimum=1)
+    if not is_timeout(arguments["timeout"]):
+        raise ArgumentError(f"timeout must be a positive number of seconds; got {arguments['timeout']!r}")
+    checked["timeout"] = float(arguments["timeout"])
+    checked["device"] = _device_kind(arguments["device"])
+    return checked
+
+
+def is_timeout(value: Any) -> bool:
+    """Whether this is a positive, finite number of seconds."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def rdma_bytes(num_nvl_bytes: int, num_rdma_bytes: int, num_nodes: int) -> int:
+    """What normal calls between nodes get: what was asked for, or the library's choice."""
+    if num_nodes == 1 or num_nvl_bytes == 0:
+        return num_rdma_bytes
+    smallest = minimum_rdma_bytes(num_nodes)
+    if 0 < num_rdma_bytes < smallest:
+        raise ArgumentError(
+            f"Buffer: num_rdma_bytes must be 0 or at least {smallest} for {num_nodes} nodes; got {num_rdma_bytes}"
+        )
+    return num_rdma_bytes or max(num_nvl_bytes, smallest)
+
+
+def _device_kind(device: Any) -> str:
+    """`"cpu"`; ranks must agree on the kind, not on the index."""
+    try:
+        kind = "cpu" if device is None else torch.device(device).type
+    except (RuntimeError, TypeError):
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise ArgumentError(f"device must be 'cpu', 'cuda', 'cuda:<index>' or None; got {device!r}")
+    if kind == "cuda":
+        raise UnavailableError("device='cuda': this build of hpc_moe has no CUDA runtime; use device='cpu'")
+    return kind
+
+
 # --- calls -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Place:
+class BufferFacts:
     """What the checks need to know of a buffer.
 
     Attributes:
         owner: the buffer; handles must be its own.
         num_ranks: R.
-        num_nodes: N.
+        ranks_of_node: the ranks of every node.
         device: where tensors must lie.
         layout: computes a `Layout` from `topk_idx` and `num_experts`.
     """
 
     owner: object
     num_ranks: int
-    num_nodes: int
+    ranks_of_node: tuple[tuple[int, ...], ...]
     device: torch.device
     layout: Any  # Callable[[torch.Tensor, int], Layout]
 
 
-def topk_indices(place: Place, topk_idx: Any, num_tokens: int | str = "num_tokens") -> torch.Tensor:
+def topk_indices(facts: BufferFacts, topk_idx: Any, num_tokens: int | str = "num_tokens") -> torch.Tensor:
     """`topk_idx`, contiguous."""
-    checked = tensor("topk_idx", topk_idx, torch.int64, [num_tokens, "top_k"], place.device)
+    checked = tensor("topk_idx", topk_idx, torch.int64, [num_tokens, "top_k"], facts.device)
     if checked.shape[1] < 1:
         raise ArgumentError(f"topk_idx must select at least one expert a token; got shape {list(checked.shape)}")
     return checked.contiguous()
 
 
-def weights_like(place: Place, topk_weights: Any, topk_idx: torch.Tensor) -> torch.Tensor:
+def weights_like(facts: BufferFacts, topk_weights: Any, topk_idx: torch.Tensor) -> torch.Tensor:
     """`topk_weights` of the shape of `topk_idx`, contiguous."""
-    return tensor("topk_weights", topk_weights, torch.float32, list(topk_idx.shape), place.device).contiguous()
+    return tensor("topk_weights", topk_weights, torch.float32, list(topk_idx.shape), facts.device).contiguous()
 
 
-def tokens_and_scales(place: Place, x: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+def tokens_and_scales(facts: BufferFacts, x: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The `x` of a dispatch: bf16, or e4m3 with scales."""
     if isinstance(x, (tuple, list)):
         if len(x) != 2:
             raise ArgumentError(f"x must be a tensor, or a pair (e4m3 tensor, scales); got {len(x)} elements")
-        tokens = tensor("x[0]", x[0], torch.float8_e4m3fn, ["num_tokens", "hidden"], place.device, contiguous="rows")
+        tokens = tensor("x[0]", x[0], torch.float8_e4m3fn, ["num_tokens", "hidden"], facts.device, contiguous="rows")
         num_tokens, hidden = tokens.shape
         hidden_size("x[0]", hidden)
         if isinstance(x[1], torch.Tensor) and x[1].dtype == torch.int32:
             hidden_size("x[0] with int32 (UE8M0) scales", hidden, 512)
-            return tokens, tensor("x[1]", x[1], torch.int32, [num_tokens, hidden // 512], place.device)
+            return tokens, tensor("x[1]", x[1], torch.int32, [num_tokens, hidden // 512], facts.device)
         dtypes = (torch.float32, torch.int32)
-        return tokens, tensor("x[1]", x[1], dtypes, [num_tokens, hidden // 128], place.device)
+        return tokens, tensor("x[1]", x[1], dtypes, [num_tokens, hidden // 128], facts.device)
     if isinstance(x, torch.Tensor) and x.dtype == torch.float8_e4m3fn:
         raise ArgumentError("x in float8_e4m3fn needs scales: pass the pair (x, scales)")
-    tokens = tensor("x", x, torch.bfloat16, ["num_tokens", "hidden"], place.device, contiguous="rows")
+    tokens = tensor("x", x, torch.bfloat16, ["num_tokens", "hidden"], facts.device, contiguous="rows")
     hidden_size("x", tokens.shape[1])
     return tokens, None
 
 
-def own_handle(place: Place, handle: Any, kind: type) -> Any:
+def own_handle(facts: BufferFacts, handle: Any, kind: type) -> Any:
     """A handle of this kind that this buffer made."""
     if not isinstance(handle, kind):
         raise ArgumentError(f"handle must be a {kind.__name__}; got {describe(handle)}")
-    if handle._owner is not place.owner:  # type: ignore[attr-defined]
+    if handle._owner is not facts.owner:  # type: ignore[attr-defined]
         raise ArgumentError("handle must come from this buffer; got one of another buffer")
     return handle
 
 
 def dispatch_request(
-    place: Place,
+    facts: BufferFacts,
     x: Any,
     handle: Any,
     given_layout: dict[str, Any],
@@ -197,35 +273,36 @@ def dispatch_request(
     expert_layout: Any,
 ) -> DispatchRequest:
     """Check a dispatch."""
-    tokens, scales = tokens_and_scales(place, x)
+    tokens, scales = tokens_and_scales(facts, x)
     alignment = integer("expert_alignment", expert_alignment, minimum=1)
     worst = integer("num_worst_tokens", num_worst_tokens, minimum=0)
     if expert_layout not in ("token", "grouped"):
         raise ArgumentError(f"expert_layout must be 'token' or 'grouped'; got {expert_layout!r}")
     if handle is not None:
         others = {"topk_idx": topk_idx, "topk_weights": topk_weights, **given_layout}
-        return _cached_dispatch(place, tokens, scales, handle, others, worst, num_experts, expert_layout)
+        return _cached_dispatch(facts, tokens, scales, handle, others, alignment, worst, num_experts, expert_layout)
     num_tokens = tokens.shape[0]
-    idx = None if topk_idx is None else topk_indices(place, topk_idx, num_tokens)
+    idx = None if topk_idx is None else topk_indices(facts, topk_idx, num_tokens)
     if idx is None and (topk_weights is not None or expert_layout == "grouped"):
         what = "topk_weights" if topk_weights is not None else "expert_layout='grouped'"
         raise ArgumentError(f"{what} needs topk_idx")
-    weights = None if topk_weights is None or idx is None else weights_like(place, topk_weights, idx)
-    layout = _layout(place, idx, given_layout, num_tokens, num_experts)
+    weights = None if topk_weights is None or idx is None else weights_like(facts, topk_weights, idx)
+    layout = _layout(facts, idx, given_layout, num_tokens, num_experts)
     return DispatchRequest(tokens, scales, idx, weights, layout, None, alignment, worst, expert_layout == "grouped")
 
 
 def _cached_dispatch(
-    place: Place,
+    facts: BufferFacts,
     tokens: torch.Tensor,
     scales: torch.Tensor | None,
     handle: Any,
     others: dict[str, Any],
+    alignment: int,
     worst: int,
     num_experts: Any,
     expert_layout: str,
 ) -> DispatchRequest:
-    own_handle(place, handle, DispatchHandle)
+    own_handle(facts, handle, DispatchHandle)
     for name, value in others.items():
         if value is not None:
             raise ArgumentError(f"{name} must be None with a handle, whose routing is reused; got {describe(value)}")
@@ -234,6 +311,7 @@ def _cached_dispatch(
             f"x must have the {handle.num_tokens} tokens of the handle's routing; got {tokens.shape[0]}"
         )
     for name, value, allowed in (
+        ("expert_alignment", alignment, (1, handle.expert_alignment)),
         ("num_worst_tokens", worst, (0, handle.num_rows)),
         ("num_experts", num_experts, (None, handle.num_experts)),
         ("expert_layout", expert_layout, ("token", handle.expert_layout)),
@@ -244,39 +322,50 @@ def _cached_dispatch(
     return DispatchRequest(tokens, scales, None, None, None, handle, 1, handle.num_rows, grouped)
 
 
-def _layout(place: Place, idx: torch.Tensor | None, given: dict[str, Any], num_tokens: int, num_experts: Any) -> Layout:
+def _layout(
+    facts: BufferFacts, idx: torch.Tensor | None, given: dict[str, Any], num_tokens: int, num_experts: Any
+) -> Layout:
     """The layout that the caller gave, checked, or else one computed from the indices."""
     if all(value is None for value in given.values()):
         if idx is None:
             raise ArgumentError("topk_idx and num_experts, or the layout, or a handle must be given; got none of them")
         if num_experts is None:
             raise ArgumentError("num_experts must be given where the layout arguments are omitted")
-        computed: Layout = place.layout(idx, expert_count("num_experts", num_experts, place.num_ranks))
+        computed: Layout = facts.layout(idx, expert_count("num_experts", num_experts, facts.num_ranks))
         return computed
-    optional = {"num_tokens_per_rdma_rank"} if place.num_nodes == 1 else set()
+    num_nodes = len(facts.ranks_of_node)
+    optional = {"num_tokens_per_rdma_rank"} if num_nodes == 1 else set()
     for name, value in given.items():
         if value is None and name not in optional:
             raise ArgumentError(
                 f"{name} is missing: give all layout arguments that get_dispatch_layout returns, or none"
             )
-    ranks, device = place.num_ranks, place.device
+    ranks, device = facts.num_ranks, facts.device
     per_rank = tensor("num_tokens_per_rank", given["num_tokens_per_rank"], torch.int32, [ranks], device)
     per_node = given["num_tokens_per_rdma_rank"]
     if per_node is not None:
-        per_node = tensor("num_tokens_per_rdma_rank", per_node, torch.int32, [place.num_nodes], device)
+        per_node = tensor("num_tokens_per_rdma_rank", per_node, torch.int32, [num_nodes], device)
     per_expert = tensor("num_tokens_per_expert", given["num_tokens_per_expert"], torch.int32, ["num_experts"], device)
     in_rank = tensor("is_token_in_rank", given["is_token_in_rank"], torch.bool, [num_tokens, ranks], device)
     experts = expert_count("num_tokens_per_expert: num_experts", len(per_expert), ranks)
     if num_experts not in (None, experts):
         raise ArgumentError(f"num_experts must be the length of num_tokens_per_expert, {experts}; got {num_experts!r}")
-    layout = Layout(per_rank.contiguous(), per_node, per_expert.contiguous(), in_rank.contiguous())
-    _compare_layout(layout, None if idx is None else place.layout(idx, experts))
+    # A copy of the flags, because the handle keeps them: the caller may change its own.
+    layout = Layout(per_rank.contiguous(), per_node, per_expert.contiguous(), in_rank.clone().contiguous())
+    _compare_layout(facts, layout, None if idx is None else facts.layout(idx, experts))
     return layout
 
 
-def _compare_layout(given: Layout, computed: Layout | None) -> None:
+def _compare_layout(facts: BufferFacts, given: Layout, computed: Layout | None) -> None:
     """The given layout must fit the indices, and without indices, itself."""
     sums = given.is_token_in_rank.sum(dim=0, dtype=torch.int32)
+    in_node = [given.is_token_in_rank[:, list(ranks)].any(dim=1) for ranks in facts.ranks_of_node]
+    nodes = torch.stack(in_node).sum(dim=1, dtype=torch.int32)
+    if given.num_tokens_per_rdma_rank is not None and not torch.equal(given.num_tokens_per_rdma_rank, nodes):
+        raise ArgumentError(
+            "num_tokens_per_rdma_rank must count the tokens of is_token_in_rank by node, "
+            f"{nodes.tolist()}; got {given.num_tokens_per_rdma_rank.tolist()}"
+        )
     if not torch.equal(given.num_tokens_per_rank, sums):
         raise ArgumentError(
             "num_tokens_per_rank must count the tokens of is_token_in_rank, "
@@ -292,10 +381,10 @@ def _compare_layout(given: Layout, computed: Layout | None) -> None:
             raise ArgumentError(f"{name} contradicts topk_idx")
 
 
-def combine_request(place: Place, x: Any, handle: Any, topk_weights: Any, bias: Any) -> CombineRequest:
+def combine_request(facts: BufferFacts, x: Any, handle: Any, topk_weights: Any, bias: Any) -> CombineRequest:
     """Check a combine."""
-    own_handle(place, handle, DispatchHandle)
-    tokens = tensor("x", x, torch.bfloat16, [handle.num_rows, "hidden"], place.device, contiguous="rows")
+    own_handle(facts, handle, DispatchHandle)
+    tokens = tensor("x", x, torch.bfloat16, [handle.num_rows, "hidden"], facts.device, contiguous="rows")
     hidden = tokens.shape[1]
     hidden_size("x", hidden)
     weights = None
@@ -304,12 +393,12 @@ def combine_request(place: Place, x: Any, handle: Any, topk_weights: Any, bias: 
             raise ArgumentError("topk_weights must be None: the dispatch had no topk_idx")
         columns = [] if handle.expert_layout == "grouped" else [handle.top_k]
         shape = [handle.num_rows, *columns]
-        weights = tensor("topk_weights", topk_weights, torch.float32, shape, place.device).contiguous()
+        weights = tensor("topk_weights", topk_weights, torch.float32, shape, facts.device).contiguous()
     biases = list(bias) if isinstance(bias, (tuple, list)) else [] if bias is None else [bias]
     if len(biases) > 2:
         raise ArgumentError(f"bias must be None, a tensor or up to two; got {len(biases)}")
     checked = [
-        tensor("bias", one, torch.bfloat16, [handle.num_tokens, hidden], place.device).contiguous()
+        tensor("bias", one, torch.bfloat16, [handle.num_tokens, hidden], facts.device).contiguous()
         for one in biases
         if one is not None
     ]
@@ -317,7 +406,7 @@ def combine_request(place: Place, x: Any, handle: Any, topk_weights: Any, bias: 
 
 
 def low_latency_dispatch_request(
-    place: Place,
+    facts: BufferFacts,
     x: Any,
     topk_idx: Any,
     num_max_tokens: Any,
@@ -330,9 +419,9 @@ def low_latency_dispatch_request(
     topk_weights: Any,
 ) -> LowLatencyDispatchRequest:
     """Check a low-latency dispatch."""
-    tokens = tensor("x", x, torch.bfloat16, ["num_tokens", "hidden"], place.device, contiguous="rows")
+    tokens = tensor("x", x, torch.bfloat16, ["num_tokens", "hidden"], facts.device, contiguous="rows")
     most = integer("num_max_dispatch_tokens_per_rank", num_max_tokens, minimum=1)
-    experts = expert_count("num_experts", num_experts, place.num_ranks)
+    experts = expert_count("num_experts", num_experts, facts.num_ranks)
     num_tokens, hidden = tokens.shape
     if num_tokens > most:
         raise ArgumentError(f"x must have at most num_max_dispatch_tokens_per_rank={most} tokens; got {num_tokens}")
@@ -341,20 +430,20 @@ def low_latency_dispatch_request(
     if use_ue8m0 and not (use_fp8 and round_scale):
         raise ArgumentError("use_ue8m0 needs use_fp8 and round_scale")
     hidden_size("x with use_ue8m0" if use_ue8m0 else "x", hidden, 512 if use_ue8m0 else HIDDEN_MULTIPLE)
-    idx = topk_indices(place, topk_idx, num_tokens)
-    weights = None if topk_weights is None else weights_like(place, topk_weights, idx)
+    idx = topk_indices(facts, topk_idx, num_tokens)
+    weights = None if topk_weights is None else weights_like(facts, topk_weights, idx)
     if recv_stats is not None:
-        shape = [experts // place.num_ranks]
-        tensor("cumulative_local_expert_recv_stats", recv_stats, torch.int32, shape, place.device)
-    wait_statistics(place, "dispatch_wait_recv_cost_stats", wait_stats)
-    layout = place.layout(idx, experts)
+        shape = [experts // facts.num_ranks]
+        tensor("cumulative_local_expert_recv_stats", recv_stats, torch.int32, shape, facts.device, contiguous="all")
+    wait_statistics(facts, "dispatch_wait_recv_cost_stats", wait_stats)
+    layout = facts.layout(idx, experts)
     return LowLatencyDispatchRequest(
         tokens, idx, weights, layout, most, experts, recv_stats, wait_stats, use_fp8, round_scale, use_ue8m0
     )
 
 
 def low_latency_combine_request(
-    place: Place,
+    facts: BufferFacts,
     x: Any,
     topk_idx: Any,
     topk_weights: Any,
@@ -365,22 +454,23 @@ def low_latency_combine_request(
     wait_stats: Any,
 ) -> LowLatencyCombineRequest:
     """Check a low-latency combine."""
-    own_handle(place, handle, LowLatencyHandle)
-    experts, rows, hidden = handle.shape(place.num_ranks)
-    tokens = tensor("x", x, torch.bfloat16, [experts, rows, hidden], place.device)
-    idx = tensor("topk_idx", topk_idx, torch.int64, [handle.num_tokens, handle.top_k], place.device).contiguous()
-    weights = weights_like(place, topk_weights, idx)
-    if flag("use_logfmt", use_logfmt) and flag("zero_copy", zero_copy):
+    own_handle(facts, handle, LowLatencyHandle)
+    experts, rows, hidden = handle.shape(facts.num_ranks)
+    tokens = tensor("x", x, torch.bfloat16, [experts, rows, hidden], facts.device)
+    idx = tensor("topk_idx", topk_idx, torch.int64, [handle.num_tokens, handle.top_k], facts.device).contiguous()
+    weights = weights_like(facts, topk_weights, idx)
+    flag("use_logfmt", use_logfmt)
+    if flag("zero_copy", zero_copy) and use_logfmt:
         raise ArgumentError("zero_copy and use_logfmt exclude each other; got both")
     if not zero_copy:
-        tensor("x", x, torch.bfloat16, [experts, rows, hidden], place.device, contiguous="all")
+        tensor("x", x, torch.bfloat16, [experts, rows, hidden], facts.device, contiguous="all")
     if out is not None:
-        tensor("out", out, torch.bfloat16, [handle.num_tokens, hidden], place.device, contiguous="all")
-    wait_statistics(place, "combine_wait_recv_cost_stats", wait_stats)
+        tensor("out", out, torch.bfloat16, [handle.num_tokens, hidden], facts.device, contiguous="all")
+    wait_statistics(facts, "combine_wait_recv_cost_stats", wait_stats)
     return LowLatencyCombineRequest(tokens, idx, weights, handle, use_logfmt, out, wait_stats)
 
 
-def wait_statistics(place: Place, name: str, stats: Any) -> None:
+def wait_statistics(facts: BufferFacts, name: str, stats: Any) -> None:
     """`[R] int64` or None."""
     if stats is not None:
-        tensor(name, stats, torch.int64, [place.num_ranks], place.device)
+        tensor(name, stats, torch.int64, [facts.num_ranks], facts.device, contiguous="all")

@@ -62,6 +62,8 @@ class Config:
     def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
         """`num_nvl_bytes`, in bytes, with which 4096 tokens a rank fit in one pass.
 
+        A combine in the grouped layout takes two: there, the sums of a token's copies travel as float32.
+
         Args:
             hidden_bytes: bytes of one token (2 * hidden for bf16).
             num_ranks: R.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 
-@dataclass
+@dataclass(eq=False)
 class DispatchHandle:
     """The routing of one `Buffer.dispatch`. `handle[0]` is `rank_prefix_matrix`.
 
@@ -34,6 +34,7 @@ class DispatchHandle:
         grouped_rows: `[N_recv, K] int32`, in the grouped layout only: row of `recv_x` that holds the copy of received
             token i for its k-th expert; -1 where that expert is elsewhere.
         num_rows: rows of `recv_x`, padding included: what `combine` expects of its `x`.
+        expert_alignment: as the dispatch was given it.
     """
 
     rank_prefix_matrix: torch.Tensor
@@ -48,8 +49,9 @@ class DispatchHandle:
     num_recv_tokens_per_expert: torch.Tensor
     grouped_rows: torch.Tensor | None
     num_rows: int
+    expert_alignment: int
     _owner: object = field(repr=False, default=None)  # the buffer that made it
-    _routing: int = field(repr=False, default=0)  # equal on all ranks of one dispatch
+    _epoch: int = field(repr=False, default=0)  # equal on all ranks of one dispatch
     _group_sizes: list[int] = field(repr=False, default_factory=list)  # [L], rows without padding
     _backend_state: Any = field(repr=False, default=None)
 
@@ -59,7 +61,7 @@ class DispatchHandle:
         raise IndexError("DispatchHandle: only handle[0] (rank_prefix_matrix) is indexable; use the named fields")
 
 
-@dataclass
+@dataclass(eq=False)
 class LowLatencyHandle:
     """The routing of one `Buffer.low_latency_dispatch`. `handle[0]` and `handle[1]` are its two tensors.
 
@@ -85,7 +87,7 @@ class LowLatencyHandle:
     top_k: int
     weighted: bool
     _owner: object = field(repr=False, default=None)
-    _routing: int = field(repr=False, default=0)
+    _epoch: int = field(repr=False, default=0)
     _backend_state: Any = field(repr=False, default=None)
 
     def shape(self, num_ranks: int) -> tuple[int, int, int]:

@@ -160,6 +160,21 @@ def test_views_of_the_buffer_show_its_memory(both_modes: Buffer) -> None:
         assert whole[8192 : 8192 + 24].view(torch.int32).tolist() == list(range(6))
 
 
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("spoilt", ["dtype", "shape", "missing", "counts"])
+def test_counts_per_node_are_checked(comm: MPI.Intracomm, spoilt: str) -> None:
+    with Buffer(comm, minimum_nvl_bytes(comm.size), ranks_per_node=1, timeout=30) as buffer:
+        x, topk_idx, _ = tokens(buffer)
+        per_rank, per_node, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, 4 * comm.size)
+        assert per_node is not None and torch.equal(per_node, per_rank)  # every rank is a node
+        bad = {"dtype": per_node.long(), "shape": per_node[1:], "missing": None, "counts": per_node + 1}[spoilt]
+        for indices in (topk_idx, None):
+            with pytest.raises(ArgumentError, match="num_tokens_per_rdma_rank"):
+                buffer.dispatch(x, None, per_rank, bad, in_rank, per_expert, indices)
+        recv_x, *_ = buffer.dispatch(x, None, per_rank, per_node, in_rank, per_expert)
+        assert len(recv_x) == comm.allreduce(per_rank.numpy().astype(int))[comm.rank]
+
+
 # --- events and hooks ------------------------------------------------------------------------------------------------
 
 

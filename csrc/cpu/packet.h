@@ -32,10 +32,9 @@ inline int64_t align_up(int64_t bytes, int64_t alignment = 64) {
 class Packet {
    public:
     Packet(const PacketShape& shape, int64_t num_rows, uint8_t* base) : num_rows(num_rows) {
-        uint8_t* next = base + kPacketHeaderBytes;
         auto take = [&](int64_t bytes_per_row) {
-            uint8_t* array = next;
-            next += align_up(bytes_per_row * num_rows);
+            uint8_t* array = base == nullptr ? nullptr : base + total_bytes;  // null: only the size is wanted
+            total_bytes += align_up(bytes_per_row * num_rows);
             return array;
         };
         rows = take(shape.row_bytes);
@@ -44,7 +43,6 @@ class Packet {
         topk_index = reinterpret_cast<int64_t*>(take(shape.has_topk_index ? 8 * shape.num_topk : 0));
         topk_weights = reinterpret_cast<float*>(take(shape.has_weights ? 4 * shape.num_topk : 0));
         masks = take(shape.mask_bytes);
-        total_bytes = next - base;
     }
 
     int64_t num_rows;
@@ -54,7 +52,7 @@ class Packet {
     int64_t* topk_index;
     float* topk_weights;
     uint8_t* masks;
-    int64_t total_bytes;
+    int64_t total_bytes = kPacketHeaderBytes;
 };
 
 // Writes the header; the caller fills the arrays.

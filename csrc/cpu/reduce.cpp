@@ -40,7 +40,7 @@ HPC_MOE_MULTIVERSION void store_bf16(const float* sums, int64_t count, uint16_t*
     for (int64_t i = 0; i < count; ++i) target[i] = float_to_bf16(sums[i]);
 }
 
-// Dispatch with one or two experts' ranks per token is the common case, and needs no accumulators in memory.
+// Two rows per token are a common case, and need no accumulators in memory.
 HPC_MOE_MULTIVERSION void add_pair(const uint16_t* a, const uint16_t* b, int64_t count, uint16_t* target) {
     for (int64_t i = 0; i < count; ++i) target[i] = float_to_bf16(bf16_to_float(a[i]) + bf16_to_float(b[i]));
 }

@@ -43,7 +43,6 @@ class CpuRuntime {
     bool is_available() const { return available_; }
     void destroy() { available_ = false; }
 
-    const std::vector<int>& ranks_of_node(int node) const { return ranks_of_node_[node]; }
     const std::vector<int>& node_of_rank() const { return node_of_rank_; }
     int local_rank() const { return local_rank_of(rank_); }
     int local_rank_of(int rank) const;

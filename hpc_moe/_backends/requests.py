@@ -58,7 +58,7 @@ class DispatchRequest:
         top_k = self.handle.top_k if self.handle else (0 if self.topk_idx is None else self.topk_idx.shape[1])
         num_experts = self.handle.num_experts if self.handle else len(self.layout.num_tokens_per_expert)  # type: ignore[union-attr]
         return {
-            "handle": self.handle._routing if self.handle else 0,
+            "handle": self.handle._epoch if self.handle else 0,
             "hidden": self.x.shape[1],
             "bytes per channel of x": self.x.element_size(),
             "scales per token": 0 if self.scales is None else self.scales.shape[1],
@@ -82,7 +82,7 @@ class CombineRequest:
     def agreed(self) -> dict[str, int]:
         """What must be equal on all ranks."""
         return {
-            "handle": self.handle._routing,
+            "handle": self.handle._epoch,
             "hidden": self.x.shape[1],
             "whether topk_weights are given": int(self.topk_weights is not None),
         }
@@ -132,7 +132,7 @@ class LowLatencyCombineRequest:
 
     def agreed(self) -> dict[str, int]:
         """What must be equal on all ranks."""
-        return {"handle": self.handle._routing, "use_logfmt": int(self.use_logfmt)}
+        return {"handle": self.handle._epoch, "use_logfmt": int(self.use_logfmt)}
 
 
 @dataclass

@@ -119,6 +119,7 @@ class ReferenceBuffer:
             ),
             grouped_rows=result.grouped_rows,
             num_rows=result.num_rows,
+            expert_alignment=expert_alignment,
             _owner=self,
             _backend_state=state,
         )

@@ -38,8 +38,9 @@ Results = dict[str, Any]
 
 
 def make_buffer(**changes: Any) -> Buffer:
-    rdma = Buffer.get_low_latency_rdma_size_hint(MAX_TOKENS, HIDDEN, size, EXPERTS)
-    arguments = {"num_nvl_bytes": 2**21, "num_rdma_bytes": rdma, "low_latency_mode": True, "device": "cpu"}
+    arguments = {"num_nvl_bytes": 2**21, "num_rdma_bytes": 2**21, "low_latency_mode": True, "device": "cpu"}
+    if "RANKS_PER_NODE" in os.environ:
+        arguments["ranks_per_node"] = int(os.environ["RANKS_PER_NODE"])
     return Buffer(comm, **{**arguments, "timeout": TIMEOUT, **changes})
 
 

@@ -7,8 +7,8 @@ every rank of its node has said that pass p - 1 is in its window, which each say
 
 from __future__ import annotations
 
-import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,10 +24,11 @@ from ...bootstrap import (
     allocate_windows,
     connect,
     difference,
-    keep_forever,
+    physical_memory,
 )
 from ...errors import ArgumentError, PeerTimeoutError, UnavailableError
 from ...handles import LowLatencyHandle
+from ...messenger import Bytes, PeersMissing, Purpose, keep_forever
 from ..requests import (
     CombineRequest,
     DispatchRequest,
@@ -38,14 +39,12 @@ from ..requests import (
     LowLatencyDispatchResult,
 )
 from .addresses import address
+from .announcement import HEADER_BYTES, OPERATIONS, Announcement
 from .combine import combine
 from .dispatch import dispatch
 from .low_latency import LowLatency
 from .masks import agree_on_masks
-from .messages import HEADER_BYTES, Announcement, Bytes, Messenger, PeersMissing, Purpose
-
-# Order matters: an announcement carries the index.
-OPERATIONS = ("dispatch", "combine", "low_latency_dispatch", "low_latency_combine", "clean_low_latency_buffer")
+from .passes import packet_shapes, plan_passes
 
 
 @dataclass
@@ -67,12 +66,14 @@ class Call:
         name: the operation.
         epoch: its number.
         agreed: what must be equal on all ranks.
+        first_message: number of the messenger's first message of the call.
         counter: where its statistics go.
     """
 
     name: str
     epoch: int
     agreed: dict[str, int]
+    first_message: int
     counter: Counter = field(repr=False)
 
     def end_passes(self, passes: int, seconds: float) -> None:
@@ -105,11 +106,12 @@ class CpuBackend:
         self.timeout = timeout
         self.rank, self.num_ranks = group.rank, group.size
         with group.step("checking num_rdma_bytes"):
-            have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            if num_rdma_bytes > have:
-                raise ArgumentError(f"num_rdma_bytes={num_rdma_bytes} is more than the machine has: {have} bytes")
-            # Normal calls take what they need of these bytes as they go; they only have to be within them.
-            self.rdma_buffer = torch.empty(num_rdma_bytes if low_latency_mode else 0, dtype=torch.uint8)
+            if num_rdma_bytes > physical_memory():
+                raise ArgumentError(
+                    f"num_rdma_bytes={num_rdma_bytes} is more than the machine has: {physical_memory()}"
+                )
+            # Normal calls only stay within this size: their packets are allocated as they go. Untouched pages are free.
+            self.rdma_buffer = torch.empty(num_rdma_bytes, dtype=torch.uint8)
         self.windows: SharedWindows = allocate_windows(group, topology, num_nvl_bytes)
         try:
             with group.step("creating the runtime"):
@@ -128,11 +130,13 @@ class CpuBackend:
         except Exception:
             self.windows.free()  # all ranks are here: a step fails on all or on none
             raise
-        self.messenger = Messenger(group)
+        self.messenger = group.messenger
         self.epoch = 0
         self.passes = 0
         self.masked: set[int] = set()
         self.unmasking: set[int] = set()
+        # Rank and epoch of calls that went on without a masked rank. Limited: a rank may never come back.
+        self.skipped: deque[tuple[int, int]] = deque(maxlen=10_000)
         self.broken = ""
         self.counters = {name: Counter() for name in OPERATIONS}
         self.low_latency = LowLatency(self)
@@ -169,19 +173,26 @@ class CpuBackend:
 
     def dispatch(self, request: DispatchRequest) -> DispatchResult:
         """Run a dispatch."""
-        self._refuse_masked("dispatch")
         return dispatch(self, request)
 
     def combine(self, request: CombineRequest) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run a combine; returns the sums and the summed weights."""
-        self._refuse_masked("combine")
         return combine(self, request)
 
-    def _refuse_masked(self, name: str) -> None:
+    def check_normal(self, request: DispatchRequest | CombineRequest) -> None:
+        """Refuse, before anything is announced, a normal call that this rank could not see through.
+
+        Raises:
+            ArgumentError: a token does not fit into a pass, or the outputs do not fit into memory.
+            UnavailableError: ranks are masked.
+        """
         if self.masked:
-            raise UnavailableError(
-                f"{name}: ranks {sorted(self.masked)} are masked; only low-latency calls go on without them"
-            )
+            raise UnavailableError(f"ranks {sorted(self.masked)} are masked; only low-latency calls go on without them")
+        node_shape, rail_shape = packet_shapes(self, request)
+        plan_passes(self, node_shape, rail_shape, 1)
+        rows, memory = getattr(request, "num_worst_tokens", 0), physical_memory()
+        if rows * request.x.shape[1] * request.x.element_size() > memory:
+            raise ArgumentError(f"num_worst_tokens={rows} rows are more than the machine's memory, {memory} bytes")
 
     def low_latency_dispatch(self, request: LowLatencyDispatchRequest) -> LowLatencyDispatchResult:
         return self.low_latency.dispatch(request)
@@ -190,6 +201,10 @@ class CpuBackend:
         return self.low_latency.combine(request)
 
     # --- low-latency state ---------------------------------------------------------------------------------------
+
+    def receive_now(self, receive: Callable[[], None]) -> None:
+        """Run the receive half of the low-latency call that was made last."""
+        self.low_latency.receive_now(receive)
 
     def staging_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
         """The staging buffer of this handle's combine, `[L, M*R, H]` bf16."""
@@ -210,7 +225,7 @@ class CpuBackend:
             ArgumentError: they are.
         """
         if later:
-            self.low_latency.pending.check()
+            self.low_latency.check_unreceived()
 
     def check_nothing_unreceived(self) -> None:
         """Refuse what needs all sends received.
@@ -232,11 +247,18 @@ class CpuBackend:
     def clean_low_latency(self, agreed: dict[str, int]) -> None:
         """Agree on masks and on the epoch, among the ranks that are not masked or about to be unmasked."""
         if self.enable_shrink:
-            agree_on_masks(self)
+            agree_on_masks(self, agreed)
             return
         call = self.start("clean_low_latency_buffer", agreed)
         self.send_call(call, {rank: self.message(call, (), 0) for rank in self.peers})
         self.receive_call(call)
+
+    def reject_cleaning(self, error: Exception) -> None:
+        """Take part in a `clean_low_latency` whose arguments this rank rejects."""
+        if self.enable_shrink:
+            agree_on_masks(self, {}, str(error) or type(error).__name__)
+        else:
+            self.reject("clean_low_latency_buffer", error)
 
     def local_memory(self, use_rdma_buffer: bool) -> torch.Tensor:
         """All bytes of this rank's window, or of its network buffer."""
@@ -255,9 +277,10 @@ class CpuBackend:
     def start(self, name: str, agreed: dict[str, int]) -> Call:
         """Give the call its number."""
         self.epoch += 1
+        self.skipped.extend((rank, self.epoch) for rank in self.masked)
         counter = self.counters[name]
         counter.calls += 1
-        return Call(name, self.epoch, agreed, counter)
+        return Call(name, self.epoch, agreed, self.messenger.sent, counter)
 
     def message(self, call: Call, extra: tuple[int, ...], num_payload_bytes: int) -> Bytes:
         """A message of this call: its announcement, and room for a payload behind it."""
@@ -308,8 +331,9 @@ class CpuBackend:
         call = self.start(name, {})
         message = np.zeros(HEADER_BYTES, np.uint8)
         Announcement(OPERATIONS.index(name), (), str(error) or type(error).__name__).write(message)
-        self.send_call(call, dict.fromkeys(self.peers, message))
-        self.messenger.forget(self.peers, Purpose.CALL, call.epoch)
+        others = [rank for rank in range(self.num_ranks) if rank != self.rank]  # a masked one may be waiting, too
+        self.send_call(call, dict.fromkeys(others, message))
+        self.messenger.forget(others, Purpose.CALL, call.epoch)
 
     def receive(
         self,
@@ -330,18 +354,36 @@ class CpuBackend:
         try:
             return self.messenger.receive(ranks, purpose, count, self.timeout, on_arrival)
         except PeersMissing as missing:
-            if self.enable_shrink and call.name.startswith("low_latency"):
+            if self._may_mask(call):
                 self.masked.update(missing.ranks)
+                self.skipped.extend((rank, call.epoch) for rank in missing.ranks)
                 return missing.arrived
             raise self.time_out(call.name, missing.ranks, what) from None
         finally:
             call.counter.wait_seconds += time.perf_counter() - begin
 
+    def _may_mask(self, call: Call) -> bool:
+        return self.enable_shrink and call.name.startswith("low_latency")
+
+    def finish_sends(self, call: Call) -> None:
+        """Wait until MPI is done with this rank's messages: some MPIs deliver only while the sender is calling them.
+
+        Every peer receives them within the same call, so this cannot deadlock.
+
+        Raises:
+            PeerTimeoutError: a peer did not take its messages (where ranks may be masked, it has masked this one).
+        """
+        begin = time.perf_counter()
+        late = self.messenger.finish(self.timeout, self.peers, call.first_message)
+        call.counter.wait_seconds += time.perf_counter() - begin
+        if late and not self._may_mask(call):
+            raise self.time_out(call.name, late, "the end of this rank's messages to them")
+
     def time_out(self, operation: str, ranks: tuple[int, ...], what: str, breaks: bool = True) -> PeerTimeoutError:
         """The error that says for whom a call waited; `breaks`: the buffer cannot be used from now on."""
         peers = ", ".join(self.topology.describe(rank) for rank in ranks)
         error = PeerTimeoutError(
-            f"{operation} on rank {self.rank} waited {self.timeout:g} s for {peers}: {what} did not arrive",
+            f"{operation} on rank {self.rank} waited {self.timeout:g} s for {peers}: {what} did not come",
             operation=operation,
             rank=self.rank,
             peers=ranks,
@@ -392,9 +434,11 @@ class CpuBackend:
         if self.broken or self.masked:
             self.abandon()
             return False
+        for entry in self.low_latency.pending:
+            self.messenger.forget(self.peers, Purpose.CALL, entry.call.epoch)
         try:
             with self.group.step("Buffer.destroy"):
-                if not self.messenger.finish(self.timeout):
+                if self.messenger.finish(self.timeout, self.peers):
                     raise UnavailableError("messages to a peer were never received")
         except (PeerTimeoutError, UnavailableError):
             self.abandon()

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from ... import _C
+from ...messenger import Bytes, Purpose
 from ..requests import CombineRequest
 from .addresses import address, array_at
 from .dispatch import Forwarded
-from .messages import Bytes, Purpose
-from .passes import plan_passes
+from .passes import packet_shapes, plan_passes
 
 if TYPE_CHECKING:
     from .backend import CpuBackend
@@ -42,8 +42,7 @@ class _Combine:
         self.hidden, self.top_k = request.x.shape[1], request.handle.top_k
         self.grouped = request.handle.expert_layout == "grouped"
         self.has_weights = request.topk_weights is not None
-        self.shape = self._shape(4 if self.grouped else 2)
-        self.rail_shape = self._shape(2)
+        self.shape, self.rail_shape = packet_shapes(backend, request)
         self.token_weights = self._weights_per_token()
         ends = self.handle.recv_rank_prefix_sum.tolist()
         self.starts = [0, *ends[:-1]]
@@ -76,15 +75,9 @@ class _Combine:
             else:
                 self._sum_over_nodes(number, num_passes, first, last)
             self.backend.passes += 1
+        self.backend.finish_sends(self.call)
         self.call.end_passes(num_passes, time.perf_counter() - begin)
         return self.combined, self.combined_weights
-
-    def _shape(self, element_bytes: int) -> _C.PacketShape:
-        shape = _C.PacketShape()
-        shape.row_bytes = self.hidden * element_bytes
-        shape.num_topk = self.top_k
-        shape.has_weights = self.has_weights
-        return shape
 
     def _weights_per_token(self) -> torch.Tensor | None:
         """`[N_recv, K]`: in the grouped layout, the rows' weights are put back into the columns that they came from."""

@@ -20,10 +20,11 @@ import torch
 from ... import _C
 from ...errors import ArgumentError, Error
 from ...handles import DispatchHandle
+from ...messenger import Bytes, Purpose
 from ..requests import DispatchRequest, DispatchResult
 from .addresses import address, array_at
-from .messages import HEADER_BYTES, Bytes, Purpose
-from .passes import plan_passes
+from .announcement import HEADER_BYTES
+from .passes import packet_shapes, plan_passes
 
 if TYPE_CHECKING:
     from .backend import CpuBackend
@@ -74,8 +75,7 @@ class _Dispatch:
         self.num_tokens, self.hidden = request.x.shape
         self.top_k = 0 if request.topk_idx is None else request.topk_idx.shape[1]
         self.flags = address(request.is_token_in_rank)
-        self.shape = self._shape()
-        self.rail_shape = self._shape(mask_bytes=-(-len(self.topology.local_ranks) // 8))
+        self.shape, self.rail_shape = packet_shapes(backend, request)
         self.tokens = self._token_view()
         self.arrived = [0] * self.num_ranks  # rows of every source that are in the outputs
         self.forwarded: dict[int, list[Forwarded]] = {rank: [] for rank in self._rail_peers()}
@@ -95,24 +95,14 @@ class _Dispatch:
             if number > 0:
                 self._write_to_node(first, last)
             self._run_pass(number, num_passes, first, last)
-        self._check_arrived(handle)
+        self._check_arrived()
+        self.backend.finish_sends(self.call)
         if self.request.handle is None:
             handle._backend_state = {rank: _join(parts) for rank, parts in self.forwarded.items()}
         self.call.end_passes(num_passes, time.perf_counter() - begin)
         return result
 
     # --- before the passes ---------------------------------------------------------------------------------------
-
-    def _shape(self, mask_bytes: int = 0) -> _C.PacketShape:
-        shape = _C.PacketShape()
-        shape.row_bytes = self.hidden * self.request.x.element_size()
-        shape.scale_bytes = 0 if self.request.scales is None else 4 * self.request.scales.shape[1]
-        shape.num_topk = self.top_k
-        shape.mask_bytes = mask_bytes
-        shape.has_source_index = self.request.handle is None
-        shape.has_topk_index = self.top_k > 0
-        shape.has_weights = self.request.topk_weights is not None
-        return shape
 
     def _token_view(self) -> _C.RowView:
         request, view = self.request, _C.RowView()
@@ -192,7 +182,8 @@ class _Dispatch:
             num_recv_tokens_per_expert=torch.from_numpy(per_expert),
             grouped_rows=torch.empty(num_recv, self.top_k, dtype=torch.int32) if self.request.grouped else None,
             num_rows=self.request.num_worst_tokens or num_rows,
-            _routing=self.call.epoch,
+            expert_alignment=self.request.expert_alignment,
+            _epoch=self.call.epoch,
         )
 
     def _local_experts(self, num_experts: int) -> slice:
@@ -211,7 +202,8 @@ class _Dispatch:
             columns = () if request.grouped else (self.top_k,)
             idx = torch.empty(rows, *columns, dtype=torch.int64)
             weights = None if request.topk_weights is None else torch.empty(rows, *columns, dtype=torch.float32)
-        self.starts: list[int] = [0, *handle.recv_rank_prefix_sum[:-1].tolist()]
+        self.ends: list[int] = handle.recv_rank_prefix_sum.tolist()
+        self.starts = [0, *self.ends[:-1]]
         self.next_row = np.zeros((self.num_ranks, 1), np.int64)
         if not cached and not request.grouped:
             _mark_unused(handle.num_recv_tokens, idx, weights, handle.recv_src_idx)
@@ -250,7 +242,7 @@ class _Dispatch:
             for tensor, value in ((recv_x.view(torch.uint8), 0), (scales, 0), (idx, -1), (weights, 0)):
                 if tensor is not None:
                     tensor[begin + size : end] = value
-        _mark_unused(ends[-1] if ends else 0, idx, weights)
+        _mark_unused(ends[-1], idx, weights)
 
     # --- a pass --------------------------------------------------------------------------------------------------
 
@@ -271,7 +263,7 @@ class _Dispatch:
             first,
             last,
             self.output,
-            self._next(self.rank),
+            *self._room(self.rank),
             self._groups(self.rank),
         )
         self.backend.wait_for_node(self.call, number, total)
@@ -313,20 +305,20 @@ class _Dispatch:
             np.unpackbits(bits, axis=1, count=ranks, bitorder="little").astype(bool),
         )
 
-    def _next(self, source: int) -> int:
-        return self.starts[source] + self.arrived[source]
+    def _room(self, source: int) -> tuple[int, int]:
+        """The received tokens that the next rows of a source become: the first, and the one behind the last."""
+        return self.starts[source] + self.arrived[source], self.ends[source]
 
     def _groups(self, source: int) -> int:
         return address(self.next_row[source])
 
     def _deliver(self, source: int, shape: _C.PacketShape, packet: int, bit: int) -> None:
         self.arrived[source] += self.runtime.deliver_packet(
-            shape, packet, bit, self.output, self._next(source), self._groups(source)
+            shape, packet, bit, self.output, *self._room(source), self._groups(source)
         )
 
-    def _check_arrived(self, handle: DispatchHandle) -> None:
-        ends = handle.recv_rank_prefix_sum.tolist()
-        expected = [end - start for start, end in zip(self.starts, ends, strict=True)]
+    def _check_arrived(self) -> None:
+        expected = [end - start for start, end in zip(self.starts, self.ends, strict=True)]
         if self.arrived != expected:
             raise Error(f"dispatch: rows that arrived, {self.arrived}, are not those that were announced, {expected}")
 

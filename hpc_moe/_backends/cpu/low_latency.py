@@ -22,9 +22,10 @@ from ... import _C
 from ...config import low_latency_staging_bytes
 from ...errors import ArgumentError, Error
 from ...handles import LowLatencyHandle
+from ...messenger import Bytes
 from ..requests import LowLatencyCombineRequest, LowLatencyDispatchRequest, LowLatencyDispatchResult
 from .addresses import address
-from .messages import HEADER_BYTES, Bytes
+from .announcement import HEADER_BYTES
 
 if TYPE_CHECKING:
     from .backend import Call, CpuBackend
@@ -57,34 +58,17 @@ class Routing:
 
 
 class Pending:
-    """Receive halves that have not run, in the order of their calls."""
+    """A call that has sent and not received.
 
-    def __init__(self) -> None:
-        self._queue: deque[Callable[[], None]] = deque()
+    Attributes:
+        call: the call.
+        receive: its receive half.
+        error: why that failed, if another call's turn ran it: its own hook raises it.
+    """
 
-    def check(self) -> None:
-        """Refuse a call that would leave too many sends unreceived.
-
-        Raises:
-            ArgumentError: two are unreceived already.
-        """
-        if len(self._queue) >= MAX_UNRECEIVED:
-            raise ArgumentError(
-                f"return_recv_hook: {len(self._queue)} earlier sends are unreceived; call their hooks first"
-            )
-
-    def add(self, receive: Callable[[], None]) -> Callable[[], None]:
-        """Queue a receive half; returns what runs it, after all earlier ones. Running it again does nothing."""
-        self._queue.append(receive)
-
-        def run() -> None:
-            while receive in self._queue:
-                self._queue.popleft()()
-
-        return run
-
-    def __len__(self) -> int:
-        return len(self._queue)
+    def __init__(self, call: Call, receive: Callable[[], None]) -> None:
+        self.call, self.receive = call, receive
+        self.error: ArgumentError | None = None
 
 
 class LowLatency:
@@ -92,8 +76,42 @@ class LowLatency:
 
     def __init__(self, backend: CpuBackend) -> None:
         self._backend = backend
-        self.pending = Pending()
+        self.pending: deque[Pending] = deque()  # in the order of the calls
         self._dispatches = 0
+
+    def check_unreceived(self) -> None:
+        """Refuse a call that would leave too many sends unreceived.
+
+        Raises:
+            ArgumentError: two are unreceived already.
+        """
+        if len(self.pending) >= MAX_UNRECEIVED:
+            raise ArgumentError(
+                f"return_recv_hook: {len(self.pending)} earlier sends are unreceived; call their hooks first"
+            )
+
+    def _defer(self, call: Call, receive: Callable[[], None]) -> Callable[[], None]:
+        """Queue a receive half; returns what runs it, after all earlier ones. Running it again does nothing."""
+        entry = Pending(call, receive)
+        self.pending.append(entry)
+
+        def run() -> None:
+            while entry in self.pending:
+                first = self.pending.popleft()
+                try:
+                    first.receive()
+                except ArgumentError as error:  # concerns that call alone; anything else breaks the buffer
+                    first.error = error
+            if entry.error is not None:
+                raise entry.error
+
+        return run
+
+    def receive_now(self, receive: Callable[[], None]) -> None:
+        """Run the receive half of the call that was made last, and see its own messages off."""
+        call = self.pending[-1].call
+        receive()
+        self._backend.finish_sends(call)
 
     def staging_buffer(self, index: int, shape: tuple[int, int, int]) -> torch.Tensor:
         """Staging buffer 0 or 1 of combine: `[L, M*R, H]` bf16 in the buffer of `num_rdma_bytes`."""
@@ -110,7 +128,7 @@ class LowLatency:
         begin = time.perf_counter()
         backend = self._backend
         call = backend.start("low_latency_dispatch", request.agreed())
-        shape, tokens, keep = self._cast(request)
+        shape, tokens, _kept_alive = self._cast(request)
         in_rank = request.layout.is_token_in_rank
         counts = request.layout.num_tokens_per_rank.tolist()
         messages = {}
@@ -120,11 +138,10 @@ class LowLatency:
                 shape, tokens, address(in_rank), [rank], 0, len(in_rank), address(message) + HEADER_BYTES
             )
             messages[rank] = message
-        del keep
         own = messages.pop(backend.rank)
         backend.send_call(call, messages)
         result = self._allocate(call, request, shape)
-        result.receive = self.pending.add(lambda: self._receive_dispatch(call, request, shape, own, result))
+        result.receive = self._defer(call, lambda: self._receive_dispatch(call, request, shape, own, result))
         self._dispatches += 1
         call.counter.seconds += time.perf_counter() - begin
         return result
@@ -173,16 +190,16 @@ class LowLatency:
             num_tokens=num_tokens,
             top_k=request.topk_idx.shape[1],
             weighted=request.topk_weights is not None,
-            _routing=call.epoch,
+            _epoch=call.epoch,
         )
         handle._backend_state = Routing(
-            request.topk_idx.clone(),
-            None if request.topk_weights is None else request.topk_weights.clone(),
-            request.layout.is_token_in_rank,
-            self._dispatches % 2,
-            [],
-            np.empty((0, 0), np.int32),
-            None,
+            topk_idx=request.topk_idx.clone(),
+            topk_weights=None if request.topk_weights is None else request.topk_weights.clone(),
+            is_token_in_rank=request.layout.is_token_in_rank,
+            staging=self._dispatches % 2,
+            source_begin=[],
+            grouped_rows=np.empty((0, 0), np.int32),
+            token_weights=None,
         )
         dtype = torch.float8_e4m3fn if request.use_fp8 else torch.bfloat16
         recv_x = torch.empty(local, rows, hidden, dtype=dtype)
@@ -198,7 +215,7 @@ class LowLatency:
     ) -> None:
         begin = time.perf_counter()
         backend, handle = self._backend, result.handle
-        messages, _ = backend.receive_call(call, _wait_clock(request.wait_stats))
+        messages = self._receive_messages(call, request.wait_stats)
         messages[backend.rank] = own
         packets = {rank: address(message) + HEADER_BYTES for rank, message in messages.items()}
         views = {rank: _C.RowView.of_packet(shape, _C.Packet.at(shape, base)) for rank, base in packets.items()}
@@ -216,7 +233,13 @@ class LowLatency:
         output = self._output(shape, result, routing)
         for rank in sorted(packets):
             backend.runtime.deliver_packet(
-                shape, packets[rank], -1, output, routing.source_begin[rank], address(next_row[rank])
+                shape,
+                packets[rank],
+                -1,
+                output,
+                routing.source_begin[rank],
+                routing.source_begin[rank + 1],
+                address(next_row[rank]),
             )
         total = torch.from_numpy(counts.sum(axis=0).astype(np.int32))
         result.recv_count.copy_(total)
@@ -238,6 +261,18 @@ class LowLatency:
         output.row_source = address(result.handle.recv_src_idx)
         return output
 
+    def _receive_messages(self, call: Call, wait_stats: torch.Tensor | None) -> dict[int, Bytes]:
+        """Wait for the call's messages; adds up, per rank, the nanoseconds until its message was there."""
+        begin = time.perf_counter_ns()
+        waits: dict[int, int] = {}
+        messages, _ = self._backend.receive_call(
+            call, lambda rank: waits.update({rank: time.perf_counter_ns() - begin})
+        )
+        if wait_stats is not None:
+            for rank, nanoseconds in waits.items():
+                wait_stats[rank] += nanoseconds
+        return messages
+
     # --- combine -------------------------------------------------------------------------------------------------
 
     def check_routing(self, request: LowLatencyCombineRequest) -> None:
@@ -245,10 +280,10 @@ class LowLatency:
         routing: Routing = request.handle._backend_state
         if not torch.equal(request.topk_idx, routing.topk_idx):
             raise ArgumentError("topk_idx must be what the handle's dispatch was given; it differs")
-        if routing.topk_weights is not None and not torch.equal(request.topk_weights, routing.topk_weights):
+        if routing.topk_weights is not None and not _same_bits(request.topk_weights, routing.topk_weights):
             raise ArgumentError("topk_weights must be what the handle's dispatch was given; they differ")
         if not routing.source_begin:
-            raise ArgumentError("handle: its dispatch has not been received; call its hook first")
+            raise ArgumentError("handle: its dispatch has not been received; call its hook first (or it failed)")
 
     def combine(self, request: LowLatencyCombineRequest) -> tuple[torch.Tensor, Callable[[], None]]:
         """Send the experts' results; returns the result, and what fills it."""
@@ -263,7 +298,7 @@ class LowLatency:
             out = torch.empty(request.handle.num_tokens, request.handle.hidden, dtype=torch.bfloat16)
         combined = out
         request.topk_weights = request.topk_weights.clone()  # the caller's may change before the receive half runs
-        receive = self.pending.add(lambda: self._receive_combine(call, request, routing, own, combined))
+        receive = self._defer(call, lambda: self._receive_combine(call, request, routing, own, combined))
         call.counter.seconds += time.perf_counter() - begin
         return combined, receive
 
@@ -304,7 +339,7 @@ class LowLatency:
     ) -> None:
         begin = time.perf_counter()
         backend, handle = self._backend, request.handle
-        messages, _ = backend.receive_call(call, _wait_clock(request.wait_stats))
+        messages = self._receive_messages(call, request.wait_stats)
         messages[backend.rank] = own
         contributions, missing = [], []
         decoded = []  # kept alive
@@ -362,13 +397,6 @@ def _row_shape(hidden: int, use_logfmt: bool) -> _C.PacketShape:
     return shape
 
 
-def _wait_clock(stats: torch.Tensor | None) -> Callable[[int], None] | None:
-    """Adds, when a rank's message is there, the nanoseconds waited for it."""
-    if stats is None:
-        return None
-    begin = time.perf_counter_ns()
-
-    def arrived(rank: int) -> None:
-        stats[rank] += time.perf_counter_ns() - begin
-
-    return arrived
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal, NaN included."""
+    return torch.equal(one.view(torch.int32), other.view(torch.int32))

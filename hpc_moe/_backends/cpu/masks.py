@@ -8,14 +8,16 @@ numbers.
 
 from __future__ import annotations
 
+import json
 import secrets
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...bootstrap import wait_until
-from .messages import Bytes, Purpose
+from ...bootstrap import difference
+from ...errors import ArgumentError
+from ...messenger import Bytes, Purpose, wait_until
 
 if TYPE_CHECKING:
     from .backend import CpuBackend
@@ -23,60 +25,93 @@ if TYPE_CHECKING:
 
 @dataclass
 class Ballot:
-    """What a rank says: its agreement's number, its epoch, whom it masks, and the numbers that it has seen."""
+    """What a rank says.
+
+    Attributes:
+        number: of this agreement of the rank.
+        epoch: its last call.
+        masked: whom it masks.
+        seen: the newest number that it has seen of each rank, 0 for none.
+        agreed: arguments that must be equal on all ranks.
+        rejection: empty, or why the rank rejected its own arguments.
+    """
 
     number: int
     epoch: int
-    masked: np.ndarray  # [R] int64, 1 for masked
-    seen: np.ndarray  # [R] int64
+    masked: list[int]
+    seen: list[int]
+    agreed: dict[str, int]
+    rejection: str
 
     def message(self) -> Bytes:
         """As bytes."""
-        return np.concatenate([[self.number, self.epoch], self.masked, self.seen]).astype(np.int64).view(np.uint8)
+        return np.frombuffer(json.dumps(asdict(self)).encode(), np.uint8)
 
     @staticmethod
-    def read(message: Bytes, num_ranks: int) -> Ballot:
+    def read(message: Bytes) -> Ballot:
         """The ballot in a message."""
-        values = message.view(np.int64)
-        return Ballot(int(values[0]), int(values[1]), values[2 : 2 + num_ranks], values[2 + num_ranks :])
+        return Ballot(**json.loads(message.tobytes()))
 
 
-def agree_on_masks(backend: CpuBackend) -> None:
+def agree_on_masks(backend: CpuBackend, agreed: dict[str, int], rejection: str = "") -> None:
     """Unmask the ranks whose return was asked for, and agree on masks (their union) and epoch (the largest).
 
     Raises:
+        ArgumentError: the ranks' arguments differ, or another rank rejected its own; what is agreed on holds all the
+            same.
         PeerTimeoutError: a rank that is not masked did not come; it is masked now.
     """
-    size = backend.num_ranks
     masked = backend.masked - backend.unmasking
-    voters = [rank for rank in range(size) if rank != backend.rank and rank not in masked]
-    own = Ballot(
-        secrets.randbits(62) | 1,
-        backend.epoch,
-        np.array([rank in masked for rank in range(size)], np.int64),
-        np.zeros(size, np.int64),
-    )
+    voters = [rank for rank in range(backend.num_ranks) if rank != backend.rank and rank not in masked]
+    number = secrets.randbits(62) | 1
+    own = Ballot(number, backend.epoch, sorted(masked), [0] * backend.num_ranks, agreed, rejection)
     ballots: dict[int, Ballot] = {}
     for rank in voters:
         backend.messenger.send(rank, Purpose.CLEAN, 0, own.message())
 
+    def missing() -> list[int]:
+        return [rank for rank in voters if rank not in ballots or ballots[rank].seen[backend.rank] != number]
+
     def done() -> bool:
-        for rank in voters:
+        for rank in missing():  # of the others, the next message may be of their next agreement
             message = backend.messenger.poll(rank, Purpose.CLEAN, 0, backend.timeout)
             if message is None:
                 continue
-            ballots[rank] = Ballot.read(message, size)
+            ballots[rank] = Ballot.read(message)
             if own.seen[rank] != ballots[rank].number:
                 own.seen[rank] = ballots[rank].number
                 backend.messenger.send(rank, Purpose.CLEAN, 0, own.message())
-        return all(rank in ballots and ballots[rank].seen[backend.rank] == own.number for rank in voters)
+        return not missing()
 
     finished = wait_until(done, backend.timeout)
     backend.unmasking.clear()
     if not finished:
-        missing = tuple(r for r in voters if r not in ballots or ballots[r].seen[backend.rank] != own.number)
-        backend.masked = masked | set(missing)
-        raise backend.time_out("clean_low_latency_buffer", missing, "an agreement on the masks", breaks=False)
-    union = own.masked + sum(ballot.masked for ballot in ballots.values())
-    backend.masked = {rank for rank in range(size) if union[rank] and rank != backend.rank}
-    backend.epoch = max([own.epoch, *(ballot.epoch for ballot in ballots.values())])
+        backend.masked = masked | set(missing())
+        raise backend.time_out("clean_low_latency_buffer", tuple(missing()), "an agreement on the masks", breaks=False)
+    ballots[backend.rank] = own
+    backend.masked = {rank for ballot in ballots.values() for rank in ballot.masked} - {backend.rank}
+    backend.epoch = max(ballot.epoch for ballot in ballots.values())
+    _forget_skipped(backend)
+    _compare(dict(sorted(ballots.items())), backend.rank)
+
+
+def _forget_skipped(backend: CpuBackend) -> None:
+    """Drop what ranks that are back sent while they were masked: nobody ever received it."""
+    for rank, epoch in backend.skipped:
+        if rank not in backend.masked:
+            backend.messenger.forget([rank], Purpose.CALL, epoch)
+    still_masked = [item for item in backend.skipped if item[0] in backend.masked]
+    backend.skipped.clear()
+    backend.skipped.extend(still_masked)
+
+
+def _compare(ballots: dict[int, Ballot], own_rank: int) -> None:
+    if ballots[own_rank].rejection:
+        return  # this rank raises what it has to say itself
+    rejections = [f"rank {rank} rejected its arguments: {b.rejection}" for rank, b in ballots.items() if b.rejection]
+    if rejections:
+        raise ArgumentError("; ".join(rejections))
+    for name in ballots[own_rank].agreed:
+        values = {rank: ballot.agreed[name] for rank, ballot in ballots.items()}
+        if len(set(values.values())) > 1:
+            raise ArgumentError(difference(name, values))

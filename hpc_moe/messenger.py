@@ -1,65 +1,61 @@
-"""Messages between ranks: what the CPU backend says over MPI, and how it waits.
+"""Byte messages between the ranks of a buffer, and how the library waits.
 
 Every message is matched by source and by a tag made of its purpose and a counter that all ranks advance alike, so that
-a late message can never be taken for one of a later call. Waits poll and yield, and end at the buffer's timeout.
+a late message can never be taken for one of a later call. Waits poll and yield, and have a limit. What the bytes mean
+is the business of whoever sends them.
 """
 
 from __future__ import annotations
 
-import struct
+import ctypes
+import os
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
-from ...bootstrap import Group, keep_forever, wait_until
-
 Bytes = np.ndarray  # uint8, one-dimensional
+
+
+def wait_until(done: Callable[[], bool], limit: float) -> bool:
+    """Poll `done` until it is true or `limit` seconds have passed; returns whether it became true.
+
+    Between polls the core is yielded: with more ranks than cores, spinning would take the time of the rank waited for.
+    """
+    if done():
+        return True
+    start = time.monotonic()
+    while not done():
+        waited = time.monotonic() - start
+        if waited > limit:
+            return False
+        if waited < 1.0:
+            os.sched_yield()
+        else:
+            time.sleep(0.001)  # a long wait is not about microseconds
+    return True
+
+
+def keep_forever(*things: Any) -> None:
+    """Never free these: MPI or a peer may still use them, after a peer was lost.
+
+    MPI finishes after the interpreter has torn its modules down, and may still write then; so the references are never
+    given back, not even at exit.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(things))
 
 
 class Purpose(IntEnum):
     """What a message is for; together with a counter it makes the tag."""
 
-    CALL = 0  # a rank's announcement of a call, counted by epoch
-    PASS = 1  # "my rows of this pass are in your window", counted by pass
-    NETWORK = 2  # rows on their way between nodes, counted by pass
-    CLEAN = 3  # the agreement that ends a time with masked ranks; not counted
-
-
-_TEXT_BYTES = 384
-_FIELDS = 16
-_HEADER = struct.Struct(f"<hhi{_FIELDS}q{_TEXT_BYTES}s")
-# Payloads follow the header at this offset, aligned for the vector loads of the packet that they may be.
-HEADER_BYTES = -(-_HEADER.size // 64) * 64
-
-
-@dataclass
-class Announcement:
-    """The head of every call's first message: who calls what with which arguments, or why it refuses to.
-
-    Attributes:
-        operation: number of the operation, as in `_backends.cpu.OPERATIONS`.
-        fields: values that the operation compares or uses.
-        rejection: empty, or why the rank rejected its own arguments.
-    """
-
-    operation: int
-    fields: tuple[int, ...] = ()
-    rejection: str = ""
-
-    def write(self, message: Bytes) -> None:
-        """Write the header into the first `HEADER_BYTES` of a message."""
-        fields = self.fields + (0,) * (_FIELDS - len(self.fields))
-        text = self.rejection.encode()[:_TEXT_BYTES]
-        _HEADER.pack_into(message.data, 0, self.operation, 0, len(self.fields), *fields, text)
-
-    @staticmethod
-    def read(message: Bytes) -> Announcement:
-        """The announcement at the start of a message."""
-        operation, _, count, *rest = _HEADER.unpack_from(message.data, 0)
-        return Announcement(operation, tuple(rest[:count]), rest[-1].rstrip(b"\0").decode(errors="replace"))
+    STEP = 0  # "I have come to this step of construction or destruction", counted by step
+    CALL = 1  # a rank's first message of a call, counted by epoch
+    PASS = 2  # "my rows of this pass are in your window", counted by pass
+    NETWORK = 3  # rows on their way between nodes, counted by pass
+    CLEAN = 4  # the agreement that ends a time with masked ranks; not counted
 
 
 class PeersMissing(Exception):
@@ -74,11 +70,13 @@ class PeersMissing(Exception):
 class Messenger:
     """Sends and receives byte messages on the buffer's communicator."""
 
-    def __init__(self, group: Group) -> None:
-        self._comm = group.comm
-        self._tag_period = (int(group.comm.Get_attr(MPI.TAG_UB) or 32767) + 1) // len(Purpose)
-        self._sending: list[tuple[MPI.Request, Bytes]] = []
-        self._unwanted: set[tuple[int, int]] = set()
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self._comm = comm
+        # Only MPI_COMM_WORLD is sure to have the attribute; the standard's minimum is 32767.
+        self._tag_period = (int(MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 32767) + 1) // len(Purpose)
+        self.sent = 0  # messages so far
+        self._under_way: list[tuple[int, int, MPI.Request, Bytes]] = []  # rank, number, and what MPI works with
+        self._unwanted: set[tuple[int, int]] = set()  # rank and tag
         self._status = MPI.Status()
 
     def _tag(self, purpose: Purpose, count: int) -> int:
@@ -86,9 +84,9 @@ class Messenger:
 
     def send(self, rank: int, purpose: Purpose, count: int, message: Bytes) -> None:
         """Start sending. The message must not be changed afterwards; it is kept until MPI is done with it."""
-        self._sending = [item for item in self._sending if not item[0].Test()]
         request = self._comm.Isend([message, MPI.BYTE], rank, self._tag(purpose, count))
-        self._sending.append((request, message))
+        self._under_way.append((rank, self.sent, request, message))
+        self.sent += 1
 
     def poll(self, rank: int, purpose: Purpose, count: int, limit: float) -> Bytes | None:
         """A message that has begun to come, or None."""
@@ -125,6 +123,7 @@ class Messenger:
                     arriving.remove(item)
                     if on_arrival is not None:
                         on_arrival(item[0])
+            self._drop_unwanted()  # its sender may be waiting for that
             return not missing and not arriving
 
         if not wait_until(poll, limit):
@@ -132,7 +131,6 @@ class Messenger:
             late = {*missing, *(rank for rank, _ in arriving)}
             arrived = {rank: message for rank, message in messages.items() if rank not in late}
             raise PeersMissing(tuple(sorted(late)), arrived)
-        self._drop_unwanted()
         return messages
 
     def _start_receive(self, rank: int, tag: int) -> tuple[MPI.Request, Bytes] | None:
@@ -144,27 +142,36 @@ class Messenger:
         return matched.Irecv([message, MPI.BYTE]), message
 
     def forget(self, ranks: Iterable[int], purpose: Purpose, count: int) -> None:
-        """These messages will come and nobody wants them: drop them when they do."""
+        """Nobody wants these messages: drop them if they come."""
         self._unwanted.update((rank, self._tag(purpose, count)) for rank in ranks)
 
     def _drop_unwanted(self) -> None:
         for rank, tag in tuple(self._unwanted):
             started = self._start_receive(rank, tag)
             if started is not None:
-                self._sending.append(started)  # kept, like a send, until MPI is done with it
+                self._under_way.append((rank, self.sent, *started))
                 self._unwanted.remove((rank, tag))
 
-    def finish(self, limit: float) -> bool:
-        """Wait until MPI is done with every message, the unwanted ones included; returns whether it is."""
+    def finish(self, limit: float, ranks: Iterable[int], since: int = 0) -> tuple[int, ...]:
+        """Wait until MPI is done with the messages to and from `ranks`, from message number `since` on.
+
+        Returns:
+            The ranks with whose messages it is not.
+        """
+        wanted = set(ranks)
+
+        def late() -> set[int]:
+            return {rank for rank, number, _, _ in self._under_way if number >= since} & wanted
 
         def done() -> bool:
             self._drop_unwanted()
-            self._sending = [item for item in self._sending if not item[0].Test()]
-            return not self._sending and not self._unwanted
+            self._under_way = [item for item in self._under_way if not item[2].Test()]
+            return not late()
 
-        return wait_until(done, limit)
+        wait_until(done, limit)
+        return tuple(sorted(late()))
 
     def abandon(self) -> None:
         """Keep the memory of unfinished messages for ever: a peer is gone, and MPI may still use it."""
-        keep_forever(self._sending)
-        self._sending = []
+        keep_forever(self._under_way)
+        self._under_way = []
