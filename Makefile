@@ -2,6 +2,7 @@
 # and rebuilds the extension when its sources have changed.
 #
 #   make demo       train the example language model on 4 MPI ranks
+#   make example    the shortest complete use, on 4 MPI ranks
 #   make test       the whole test suite, under mpirun with 1, 2, 3 and 4 ranks
 #   make lint       ruff, mypy and clang-format
 #   make sanitize   the extension's tests with AddressSanitizer and UndefinedBehaviorSanitizer
@@ -44,7 +45,7 @@ SANITIZE_ENV    = PYTHONPATH=$(CURDIR)/$(SANITIZE_DIR)/lib PYTHONSAFEPATH=1 HPC_
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	LD_PRELOAD="$$($(or $(CXX),g++) -print-file-name=libasan.so) $$($(or $(CXX),g++) -print-file-name=libstdc++.so)"
 
-.PHONY: help demo test lint format sanitize bench venv build clean distclean FORCE
+.PHONY: help demo example test lint format sanitize bench venv build clean distclean FORCE
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
@@ -87,6 +88,9 @@ build: venv $(VENV)/.extension
 demo: build
 	$(LAUNCH) -n 4 --limit 1200 -- $(BIN)/python examples/train_moe_lm.py $(DEMO_ARGS)
 
+example: build
+	$(LAUNCH) -n 4 --limit 120 -- $(BIN)/python examples/dispatch_combine.py
+
 test: build
 	@$(BIN)/python tools/run_tests.py --summary build/tests.txt --ranks $(RANKS) -- $(TESTS)
 
@@ -111,6 +115,7 @@ sanitize: build
 	@rm -rf $(SANITIZE_DIR)/lib
 	$(BUILD_ENV) HPC_MOE_CMAKE_ARGS="$(CMAKE_ARGS) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DHPC_MOE_SANITIZE=address,undefined" \
 		$(BIN)/python setup.py -q build --build-base $(SANITIZE_DIR) --build-lib $(SANITIZE_DIR)/lib
+	$(SANITIZE_ENV) $(BIN)/python -c 'import hpc_moe._C as c; assert "$(SANITIZE_DIR)" in c.__file__, c.__file__'
 	@set -e; for ranks in $(SANITIZE_RANKS); do echo "===== sanitizers, $$ranks rank(s) ====="; \
 		OMP_NUM_THREADS=2 $(LAUNCH) -n $$ranks --limit 600 -- env $(SANITIZE_ENV) \
 			$(BIN)/pytest -q -p no:cacheprovider --color=no --capture=sys --timeout=300 --with-mpi -m "mpi and not launcher" $(SANITIZE_TESTS); \

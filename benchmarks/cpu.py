@@ -13,10 +13,14 @@ import argparse
 import ctypes
 import functools
 import gc
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded, and by the library
+
+# ruff: isort: split
 import torch
 from by_hand import ByHand
 from common import peak_memory, reset_peak_memory, summary, time_calls, write_results
@@ -80,6 +84,7 @@ def normal_calls(comm: MPI.Intracomm, options: argparse.Namespace) -> dict[str, 
         recv_x, _, _, _, handle, _ = buffer.dispatch(
             x, topk_idx=topk_idx, topk_weights=topk_weights, num_experts=options.experts
         )
+        assert buffer.runtime.num_threads == torch.get_num_threads() == 1
         parts = {
             "layout": time_calls(comm, lambda: buffer.get_dispatch_layout(topk_idx, options.experts), 30),
             "cached dispatch": time_calls(comm, lambda: buffer.dispatch(x, handle=handle), 30),
@@ -140,7 +145,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     options = parser.parse_args()
     comm = MPI.COMM_WORLD
-    torch.set_num_threads(1)
     settings = {k: v for k, v in vars(options).items() if k != "out"}
     results = {"benchmark": "cpu", "ranks": comm.size, "threads_per_rank": 1, "settings": settings}
     results["normal"] = normal_calls(comm, options)
