@@ -96,6 +96,7 @@ test: build
 
 bench: build
 	@mkdir -p build/benchmarks
+	$(BIN)/python benchmarks/import_time.py --out build/benchmarks/import_time.json
 	for ranks in 2 4; do OMP_NUM_THREADS=1 $(LAUNCH) -n $$ranks --limit 600 -- $(BIN)/python benchmarks/cpu.py \
 		--out build/benchmarks/cpu_$${ranks}_ranks.json $(BENCH_ARGS) || exit 1; done
 

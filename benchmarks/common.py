@@ -54,15 +54,15 @@ def summary(seconds: list[float]) -> dict[str, float]:
     return {"median_ms": statistics.median(ms), "p10_ms": ms[len(ms) // 10], "p90_ms": ms[len(ms) * 9 // 10]}
 
 
-def reset_peak_memory() -> int:
-    """Make the kernel forget the process's peak; returns the resident bytes now."""
+def reset_peak_memory() -> dict[str, int]:
+    """Make the kernel forget the process's peak; returns the bytes now, in the form of `peak_memory`."""
     Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+    return {"resident": _status("VmRSS"), "shared": _status("RssShmem")}
 
 
-def peak_memory() -> int:
-    """Largest resident size, in bytes, since the last reset."""
-    return _status("VmHWM")
+def peak_memory() -> dict[str, int]:
+    """Bytes: largest resident size since the last reset, and shared memory mapped now."""
+    return {"resident": _status("VmHWM"), "shared": _status("RssShmem")}
 
 
 def _status(key: str) -> int:

@@ -4,7 +4,7 @@
 
 Each rank uses one thread. A round of the normal calls is layout + dispatch + combine with the identity for experts;
 rounds of the two sides alternate. Peak memory is what the process's resident size grew by, at its largest, over a few
-rounds of one side only; pages that ranks share are counted in full on each.
+rounds of one side only. A page that two ranks share (a window's slot: its owner and its writer) is counted on both.
 """
 
 from __future__ import annotations
@@ -46,15 +46,16 @@ def hand_round(by_hand: ByHand, x: torch.Tensor, topk_idx: torch.Tensor, topk_we
     return by_hand.combine(recv_x, routing, len(x))
 
 
-def measure_memory(comm: MPI.Intracomm, call: Callable[[], Any]) -> int:
-    """Bytes that the resident size of the worst rank grows by, at its largest, over a few calls."""
+def measure_memory(comm: MPI.Intracomm, call: Callable[[], Any]) -> dict[str, int]:
+    """Bytes that the resident size of the worst rank grows by, at its largest, over a few calls; those shared, too."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what an earlier side has freed would hide growth
     comm.Barrier()
     before = reset_peak_memory()
     for _ in range(3):
         call()
-    return int(comm.allreduce(peak_memory() - before, op=MPI.MAX))
+    after = peak_memory()
+    return {kind: int(comm.allreduce(after[kind] - before[kind], op=MPI.MAX)) for kind in before}
 
 
 def normal_calls(comm: MPI.Intracomm, options: argparse.Namespace) -> dict[str, Any]:
