@@ -277,7 +277,6 @@ class CpuBackend:
     def start(self, name: str, agreed: dict[str, int]) -> Call:
         """Give the call its number."""
         self.epoch += 1
-        self.skipped.extend((rank, self.epoch) for rank in self.masked)
         counter = self.counters[name]
         counter.calls += 1
         return Call(name, self.epoch, agreed, self.messenger.sent, counter)
@@ -307,6 +306,7 @@ class CpuBackend:
             PeerTimeoutError: a peer did not come (unless it can be masked).
         """
         messages = self.receive(call, Purpose.CALL, call.epoch, self.peers, "the call", on_arrival)
+        self.skipped.extend((rank, call.epoch) for rank in self.masked)
         announcements = {rank: Announcement.read(message) for rank, message in messages.items()}
         own = Announcement(OPERATIONS.index(call.name), tuple(call.agreed.values()))
         everyones = dict(sorted({**announcements, self.rank: own}.items()))
@@ -356,7 +356,6 @@ class CpuBackend:
         except PeersMissing as missing:
             if self._may_mask(call):
                 self.masked.update(missing.ranks)
-                self.skipped.extend((rank, call.epoch) for rank in missing.ranks)
                 return missing.arrived
             raise self.time_out(call.name, missing.ranks, what) from None
         finally:

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from ... import _C
-from ...config import low_latency_staging_bytes
 from ...errors import ArgumentError, Error
 from ...handles import LowLatencyHandle
 from ...messenger import Bytes
@@ -114,10 +113,9 @@ class LowLatency:
         self._backend.finish_sends(call)
 
     def staging_buffer(self, index: int, shape: tuple[int, int, int]) -> torch.Tensor:
-        """Staging buffer 0 or 1 of combine: `[L, M*R, H]` bf16 in the buffer of `num_rdma_bytes`."""
+        """Staging buffer 0 or 1 of combine: `[L, M*R, H]` bf16 in one half of the buffer of `num_rdma_bytes`."""
         experts, rows, hidden = shape
-        num_bytes = low_latency_staging_bytes(rows, hidden, experts)
-        begin = index * num_bytes
+        begin = index * (self._backend.num_rdma_bytes // 2 // 64 * 64)
         flat = self._backend.rdma_buffer[begin : begin + 2 * experts * rows * hidden]
         return flat.view(torch.bfloat16).view(shape)
 
