@@ -88,14 +88,14 @@ def environment(ranks: int, launcher: Launcher | None = None, base: Mapping[str,
         env["OMPI_ALLOW_RUN_AS_ROOT"] = env["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
     if launcher.bundled:
         env.setdefault("OMPI_MCA_osc", "^ucx")  # the package has no UCX, and its osc component complains about that
-    else:
+    elif launcher.kind != "slurm":  # srun belongs to no MPI: mpi4py's own search decides
         env.setdefault("MPI4PY_LIBMPI", os.pathsep.join(library_candidates(launcher)))
     return env
 
 
 def library_candidates(launcher: Launcher) -> list[str]:
     """Where mpi4py's wheel shall look for the library of `launcher`: beside it, then where the loader looks."""
-    names = {"openmpi": ["libmpi.so.40"], "mpich": ["libmpi.so.12", "libmpich.so.12"], "slurm": []}[launcher.kind]
+    names = {"openmpi": ["libmpi.so.40"], "mpich": ["libmpi.so.12", "libmpich.so.12"]}[launcher.kind]
     found: list[str] = []
     for prefix in (Path(launcher.path).absolute().parent.parent, Path(launcher.path).resolve().parent.parent):
         if prefix == Path("/usr"):
