@@ -32,7 +32,7 @@ def rows(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     def memory(label: str, side: str) -> tuple[str, ...]:
         peaks = (r["normal"]["peak_memory_bytes"][side] for r in results)
         return (
-            f"{side}: peak memory",
+            label,
             *(f"{mebibytes(p['resident'])} ({mebibytes(p['shared'])} shared)" for p in peaks),
         )
 
