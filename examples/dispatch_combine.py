@@ -1,6 +1,7 @@
 """The shortest complete use of hpc_moe: tokens go to their experts, on whatever rank, and the results come back.
 
-mpirun -n 4 python examples/dispatch_combine.py
+mpirun -n 4 python examples/dispatch_combine.py, or with this repository's own environment (after `make build`):
+.venv/bin/python tools/launch.py -n 4 -- .venv/bin/python examples/dispatch_combine.py
 """
 
 import torch

@@ -2,6 +2,10 @@
 
     mpirun -n 4 python examples/train_moe_lm.py
 
+or, in this repository's own environment (after `make build`),
+
+    .venv/bin/python tools/launch.py -n 4 -- .venv/bin/python examples/train_moe_lm.py
+
 The text is the source code of Python's standard library; the model reads bytes. Attention is replicated on all ranks
 (data parallel), each rank holds its share of every layer's experts, and tokens travel with `hpc_moe`. At the end
 `runs/moe_lm/` holds a JSON with all curves and a picture. `--compare-single` trains the same model in one process, too,
@@ -16,16 +20,18 @@ import argparse
 import contextlib
 import dataclasses
 import io
-import time
+import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mpi4py import MPI
 
 import hpc_moe
+from hpc_moe import nn
 
 # isort: split
 from moe_lm import checkpoint, report
@@ -34,6 +40,7 @@ from moe_lm.progress import Progress
 from moe_lm.settings import Settings
 from moe_lm.text import Text, read_stdlib
 from moe_lm.training import History, Trainer, write_sample
+from moe_lm.waiting import wait
 
 PROMPT = b"    def read(self, "
 
@@ -65,16 +72,36 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def train(options: argparse.Namespace, comm: MPI.Intracomm) -> None:
+def prepare(options: argparse.Namespace, comm: MPI.Intracomm) -> tuple[Settings, dict[str, Any] | None, int]:
+    """The settings, the content of the checkpoint to resume, and the step to end at. Collective.
+
+    Raises:
+        ValueError: the options cannot be used; on every rank.
+    """
+    content = None
+    if options.resume:
+        missing = np.array([not options.resume.is_file()], np.int64)
+        nn.all_reduce_sum(comm, missing)
+        if missing[0]:
+            raise ValueError(f"--resume: {missing[0]} of {comm.Get_size()} ranks find no file {options.resume}")
+        content = checkpoint.read(options.resume)
+        settings = checkpoint.settings_of(content)
+    else:
+        settings = Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)})
+    settings.check(comm.Get_size())
+    first = content["step"] if content else 0
+    until = settings.steps if options.stop_after is None else min(options.stop_after, settings.steps)
+    if until <= first:
+        what = "--stop-after" if options.stop_after is not None else "--steps"
+        raise ValueError(f"{what} must be greater than {first}, the steps done before; got {until}")
+    return settings, content, until
+
+
+def train(
+    settings: Settings, content: dict[str, Any] | None, until: int, options: argparse.Namespace, comm: MPI.Intracomm
+) -> None:
     """The whole job. Collective."""
     rank = comm.Get_rank()
-    content = checkpoint.read(options.resume) if options.resume else None
-    settings = (
-        checkpoint.settings_of(content)
-        if content
-        else Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)})
-    )
-    until = min(options.stop_after or settings.steps, settings.steps)
     text = read_stdlib(comm, settings.max_bytes, settings.seed)
     hint = hpc_moe.Config().get_nvl_buffer_size_hint(settings.hidden * 2, comm.Get_size())
     with hpc_moe.Buffer(comm, hint, device=options.device) as buffer:
@@ -96,7 +123,7 @@ def train(options: argparse.Namespace, comm: MPI.Intracomm) -> None:
     single = _train_single(settings, text, content, until, options, comm) if options.compare_single else None
     if rank == 0:
         _finish(options.out, machine, trainer, single, sample)
-    _wait(comm)
+    wait(comm.Ibarrier(), "rank 0 to write the report")
 
 
 def _train_single(
@@ -107,7 +134,10 @@ def _train_single(
     options: argparse.Namespace,
     comm: MPI.Intracomm,
 ) -> History | None:
-    """The same training in one process, with no communication, on rank 0 while the others wait."""
+    """The same training in one process, with no communication, on rank 0 while the others wait.
+
+    Its history has the steps of this run only, not those from before the checkpoint, which agree by definition.
+    """
     history = None
     if comm.Get_rank() == 0:
         threads = torch.get_num_threads()
@@ -117,11 +147,13 @@ def _train_single(
         )
         if content:
             checkpoint.restore(trainer, content)
+        first = trainer.step
         print("the same in one process:")
         trainer.train(until, Progress(trainer.step, until, settings.batch * settings.context, options.progress).show)
         torch.set_num_threads(threads)
         history = trainer.history
-    _wait(comm)
+        history.records = [record for record in history.records if record.step > first]
+    wait(comm.Ibarrier(), "rank 0 to train in one process", limit=24 * 3600)
     return history
 
 
@@ -168,21 +200,21 @@ def _finish(out: Path, machine: dict[str, Any], trainer: Trainer, single: Histor
     print(f"report: {out / 'report.json'}, {out / 'report.png'}")
 
 
-def _wait(comm: MPI.Intracomm) -> None:
-    """A barrier that leaves the cores to rank 0, which may work for minutes."""
-    request = comm.Ibarrier()
-    while not request.Test():
-        time.sleep(0.01)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run; an error on one rank ends all ranks."""
+    """Run. Options that cannot be used: a line from rank 0, exit status 2. Another error on one rank ends all ranks."""
     comm = MPI.COMM_WORLD
     quiet: Any = contextlib.nullcontext() if comm.Get_rank() == 0 else contextlib.redirect_stderr(io.StringIO())
     with quiet:
         options = parse(arguments)
     try:
-        train(options, comm)
+        try:
+            settings, content, until = prepare(options, comm)
+        except ValueError as error:
+            if comm.Get_rank() == 0:
+                print(f"train_moe_lm.py: error: {error}", file=sys.stderr, flush=True)
+            wait(comm.Ibarrier(), "all ranks to end")  # rank 0's message comes first
+            raise SystemExit(2) from None
+        train(settings, content, until, options, comm)
     except Exception:
         traceback.print_exc()
         if comm.Get_size() == 1:

@@ -130,16 +130,40 @@ def test_backward_of_ranks_that_differ(real: bool) -> None:
         buffer.destroy()
 
 
-def test_dispatch_arguments() -> None:
-    buffer = ReferenceBuffer(COMM)
+def _bad_calls(sent: nn.Dispatched) -> list[tuple[str, str, dict[str, Any]]]:
+    """Name of a call, what its error says, and arguments that replace good ones."""
+    return [
+        ("dispatch", "topk_idx and num_experts", {"topk_idx": None, "num_experts": None}),
+        ("dispatch", "num_experts must be given", {"num_experts": None}),
+        ("dispatch", "must be None with a handle", {"handle": sent.handle}),
+        ("dispatch", "x must be bfloat16", {"x": torch.ones(3, HIDDEN, dtype=torch.int64)}),
+        ("dispatch", "x must be bfloat16", {"x": None}),
+        ("dispatch", "expert_layout must be", {"expert_layout": "other"}),
+        ("dispatch", "topk_weights must be float32", {"topk_weights": torch.ones(3, 1, dtype=torch.int64)}),
+        ("dispatch", "handle must be a DispatchHandle", {"handle": sent.handle.routing, "topk_idx": None}),
+        ("combine", "handle must be a DispatchHandle", {"handle": None}),
+        ("combine", "x must be bfloat16", {"x": torch.ones(5, HIDDEN, 1)}),
+    ]
+
+
+def test_arguments_that_one_rank_has_wrong() -> None:
+    """All ranks raise, the others naming the rank, and the buffer goes on working."""
+    wrong = SIZE - 1
     x = torch.randn(3, HIDDEN)
     idx = torch.zeros(3, 1, dtype=torch.int64)
-    with pytest.raises(ArgumentError, match="topk_idx and num_experts"):
-        nn.dispatch(buffer, x, idx)
-    sent = nn.dispatch(buffer, x, idx, None, NUM_EXPERTS)
-    assert sent.topk_weights is None and sent.topk_idx is not None
-    with pytest.raises(ArgumentError, match="must be None"):
-        nn.dispatch(buffer, x, idx, handle=sent.handle)
+    with hpc_moe.Buffer(COMM, 1 << 24, device="cpu", timeout=20.0) as buffer:
+        sent = nn.dispatch(buffer, x, idx, None, NUM_EXPERTS)
+        assert sent.topk_weights is None and sent.topk_idx is not None
+        for call, message, bad in _bad_calls(sent):
+            good: dict[str, Any] = {"x": x, "topk_idx": idx, "num_experts": NUM_EXPERTS}
+            if call == "combine":
+                good = {"x": sent.x, "handle": sent.handle}
+            elif "topk_weights" in bad:
+                good["topk_weights"] = torch.ones(3, 1)
+            arguments = {**good, **bad} if wrong == RANK else good
+            with pytest.raises(ArgumentError, match=message if wrong == RANK else f"rank {wrong}.*{message}"):
+                getattr(nn, call)(buffer, **arguments)
+        torch.testing.assert_close(nn.combine(buffer, sent.x, sent.handle), x, rtol=0.02, atol=0.02)
 
 
 def _compare_layers(dtype: torch.dtype, counts: list[int], real: bool, tolerance: float, balance: float) -> None:

@@ -113,6 +113,29 @@ def test_dtypes(dtype: torch.dtype, expected: torch.dtype) -> None:
     assert TopKRouter(H, E, K)(_tokens().to(dtype)).topk_weights.dtype == expected
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_scores_are_float32_under_autocast(score: str) -> None:
+    router = TopKRouter(H, E, K, score=score, norm_topk_prob=True, z_coef=1.0)
+    plain = router(_tokens())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = router(_tokens())
+    assert out.topk_weights.dtype == torch.float32
+    assert torch.equal(out.topk_idx, plain.topk_idx) and torch.equal(out.topk_weights, plain.topk_weights)
+    assert torch.equal(out.loss, plain.loss)
+
+
+def test_tokens_that_one_rank_has_wrong() -> None:
+    """With a communicator all ranks raise; the next call counts as if nothing had been."""
+    comm = MPI.COMM_WORLD
+    wrong = comm.Get_size() - 1
+    router = TopKRouter(H, E, K, comm=comm, timeout=20.0)
+    is_wrong = comm.Get_rank() == wrong
+    message = r"x must be \[num_tokens, 16\]; got \[3, 17\]" if is_wrong else f"rejected on rank {wrong},"
+    with pytest.raises(ArgumentError, match=message):
+        router(torch.zeros(3, 17 if is_wrong else H))
+    assert int(router(_tokens()).expert_load.sum()) == T * K * comm.Get_size()
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -6,7 +6,6 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -85,12 +84,3 @@ class Progress:
         room = max(5, min(40, self.columns - len(figures) - len(counter) - 5))
         done = round(room * (step - self.first) / (self.last - self.first))
         return f"{counter} {'━' * done}{'┄' * (room - done)} {figures} "[: self.columns - 1]
-
-
-@contextlib.contextmanager
-def finished_message(what: str) -> Iterator[None]:
-    """Print what is being done, and its time when it is done."""
-    begin = time.monotonic()
-    print(f"{what} ... ", end="", flush=True)
-    yield
-    print(f"{time.monotonic() - begin:.1f} s", flush=True)

@@ -19,15 +19,19 @@ from mpi4py import MPI
 import hpc_moe
 from moe_lm.settings import Settings
 from moe_lm.training import History, StepRecord
+from moe_lm.waiting import wait
 
 
 def describe_machine(comm: MPI.Intracomm) -> dict[str, Any]:
     """Machine and versions. Collective."""
-    hosts = comm.gather(MPI.Get_processor_name())
+    name = np.zeros(MPI.MAX_PROCESSOR_NAME, np.uint8)
+    name[: len(MPI.Get_processor_name())] = np.frombuffer(MPI.Get_processor_name().encode(), np.uint8)
+    names = np.empty((comm.Get_size(), name.size), np.uint8)
+    wait(comm.Iallgather(name, names), "the host names of all ranks")
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "ranks": comm.Get_size(),
-        "hosts": sorted(set(hosts or [])),
+        "hosts": sorted({row.tobytes().rstrip(b"\0").decode() for row in names}),
         "cpu": _cpu_name(),
         "cores_of_rank_0": len(os.sched_getaffinity(0)),
         "threads_per_rank": torch.get_num_threads(),
@@ -103,6 +107,6 @@ def summary(history: History, settings: Settings, single: History | None) -> dic
 
 
 def differences(history: History, single: History) -> list[float]:
-    """Absolute differences of the two runs' losses in bits per byte, step by step."""
+    """Absolute differences of the two runs' losses in bits per byte, for each step that both have."""
     expected = {record.step: record.bits for record in single.records}
     return [abs(record.bits - expected[record.step]) for record in history.records if record.step in expected]

@@ -50,3 +50,34 @@ class Settings:
     eval_windows: int = 32
     eval_every: int = 50
     seed: int = 0
+
+    def check(self, num_ranks: int) -> None:
+        """Whether a run on so many ranks can have these settings.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        for name in (
+            "layers",
+            "heads",
+            "ffn_hidden",
+            "context",
+            "batch",
+            "steps",
+            "warmup",
+            "eval_windows",
+            "eval_every",
+        ):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _require(self.hidden >= 1 and self.hidden % 128 == 0, "hidden", "a multiple of 128", self.hidden)
+        _require(self.hidden % (2 * self.heads) == 0, "heads", f"a divisor of {self.hidden // 2}", self.heads)
+        is_multiple = self.experts >= 1 and self.experts % num_ranks == 0
+        _require(is_multiple, "experts", f"a multiple of the {num_ranks} ranks", self.experts)
+        _require(1 <= self.top_k <= self.experts, "top_k", f"1 to {self.experts}", self.top_k)
+        _require(self.max_bytes >= 1_000_000, "max_bytes", "at least 1000000", self.max_bytes)
+        _require(self.seed >= 0, "seed", "at least 0", self.seed)
+
+
+def _require(condition: bool, name: str, needed: str, got: int) -> None:
+    if not condition:
+        raise ValueError(f"--{name.replace('_', '-')} must be {needed}; got {got}")

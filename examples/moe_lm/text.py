@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
+from moe_lm.waiting import wait
+
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "__pycache__", "idlelib", "pydoc_data"}
 _HELD_OUT_EVERY = 20  # one file in so many is held out
 
@@ -31,19 +33,19 @@ def read_stdlib(comm: MPI.Intracomm, max_bytes: int, seed: int) -> Text:
     Files are taken in an order drawn from the seed, until `max_bytes` are reached.
 
     Raises:
-        RuntimeError: on every rank, if rank 0 finds no sources.
+        RuntimeError: on every rank, if rank 0 finds no sources; or rank 0 did not come.
     """
     parts = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
     if comm.Get_rank() == 0:
         parts = _read_files(Path(sysconfig.get_paths()["stdlib"]), max_bytes, seed)
     sizes = np.array([part.size for part in parts], dtype=np.int64)
-    comm.Bcast(sizes, 0)
+    wait(comm.Ibcast(sizes, 0), "the text of rank 0")
     if not sizes.all():
         raise RuntimeError(f"found too few Python sources under {sysconfig.get_paths()['stdlib']}")
     if comm.Get_rank() != 0:
         parts = [np.empty(size, np.uint8) for size in sizes]
     for part in parts:
-        comm.Bcast(part, 0)
+        wait(comm.Ibcast(part, 0), "the text of rank 0")
     return Text(*parts)
 
 

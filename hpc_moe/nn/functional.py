@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from hpc_moe.errors import ArgumentError
 from hpc_moe.handles import DispatchHandle
 
 
@@ -84,18 +83,23 @@ def dispatch(
         expert_alignment: rows per expert are rounded up to a multiple of it.
 
     Raises:
-        ArgumentError: `handle` together with routing arguments, or neither; and what the buffer finds.
+        ArgumentError: what the buffer finds wrong with the arguments of any rank; on every rank.
     """
+    # Nothing is checked here: what a rank rejects by itself, the others would wait for. The buffer tells them.
     anchor = torch.empty(0, requires_grad=torch.is_grad_enabled())
+    others = {
+        "topk_idx": topk_idx,
+        "num_experts": num_experts,
+        "expert_layout": expert_layout,
+        "expert_alignment": expert_alignment,
+    }
     if handle is not None:
-        if topk_idx is not None or topk_weights is not None:
-            raise ArgumentError("nn.dispatch: topk_idx and topk_weights must be None when a handle is given")
-        recv_x, link = _apply_cached_dispatch(anchor, handle.link, x, buffer, handle.routing)
-        return Dispatched(recv_x, None, None, [], RoutingHandle(handle.routing, link))
-    if topk_idx is None or num_experts is None:
-        raise ArgumentError("nn.dispatch: topk_idx and num_experts are needed where no handle is given")
+        link, routing = _parts(handle)
+        others["topk_weights"] = topk_weights
+        recv_x, link = _apply_cached_dispatch(anchor, link, x, buffer, routing, others)
+        return Dispatched(recv_x, None, None, [], RoutingHandle(routing, link))
     recv_x, recv_topk_weights, link, recv_topk_idx, counts, routing = _apply_dispatch(
-        anchor, x, topk_weights, buffer, topk_idx, num_experts, expert_layout, expert_alignment
+        anchor, x, topk_weights, buffer, others
     )
     return Dispatched(recv_x, recv_topk_idx, recv_topk_weights, counts, RoutingHandle(routing, link))
 
@@ -115,23 +119,29 @@ def combine(buffer: Any, x: torch.Tensor, handle: RoutingHandle) -> torch.Tensor
         ArgumentError: what the buffer finds.
     """
     anchor = torch.empty(0, requires_grad=torch.is_grad_enabled())
-    combined: torch.Tensor = _apply_combine(anchor, handle.link, x, buffer, handle.routing)
+    link, routing = _parts(handle)
+    combined: torch.Tensor = _apply_combine(anchor, link, x, buffer, routing)
     return combined
 
 
-def _to_wire(buffer: Any, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in the dtype that the buffer moves."""
-    if not getattr(buffer, "supports_any_dtype", False):
-        tensor = tensor.to(torch.bfloat16)
-    return tensor.contiguous()
+def _parts(handle: Any) -> tuple[Any, Any]:
+    """Link and routing; of something else, what the buffer will reject."""
+    if isinstance(handle, RoutingHandle):
+        return handle.link, handle.routing
+    return None, f"{type(handle).__name__} in place of a RoutingHandle"
 
 
-def _weights_to_wire(buffer: Any, weights: torch.Tensor | None) -> torch.Tensor | None:
-    if weights is None:
-        return None
+def _to_wire(buffer: Any, value: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The tensor in the dtype that the buffer moves; anything but a floating tensor is left for it to reject."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
     if not getattr(buffer, "supports_any_dtype", False):
-        weights = weights.to(torch.float32)
-    return weights.contiguous()
+        value = value.to(dtype)
+    return value.contiguous()
+
+
+def _weights_to_wire(buffer: Any, weights: Any) -> Any:
+    return _to_wire(buffer, weights, torch.float32)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -142,18 +152,10 @@ class _Dispatch(torch.autograd.Function):
         x: torch.Tensor,
         topk_weights: torch.Tensor | None,
         buffer: Any,
-        topk_idx: torch.Tensor,
-        num_experts: int,
-        expert_layout: str,
-        expert_alignment: int,
+        others: dict[str, Any],
     ) -> tuple[Any, ...]:
         recv_x, recv_topk_idx, recv_topk_weights, counts, handle, _ = buffer.dispatch(
-            _to_wire(buffer, x),
-            topk_idx=topk_idx,
-            topk_weights=_weights_to_wire(buffer, topk_weights),
-            num_experts=num_experts,
-            expert_layout=expert_layout,
-            expert_alignment=expert_alignment,
+            _to_wire(buffer, x), topk_weights=_weights_to_wire(buffer, topk_weights), **others
         )
         ctx.buffer, ctx.handle = buffer, handle
         ctx.x_dtype = x.dtype
@@ -177,23 +179,29 @@ class _Dispatch(torch.autograd.Function):
         )
         if ctx.weights_dtype is not None:
             grad_weights = grad_weights.to(ctx.weights_dtype)
-        return None, grad_x.to(ctx.x_dtype), grad_weights, None, None, None, None, None
+        return None, grad_x.to(ctx.x_dtype), grad_weights, None, None
 
 
 class _CachedDispatch(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, anchor: torch.Tensor, link: torch.Tensor, x: torch.Tensor, buffer: Any, handle: DispatchHandle
+        ctx: Any,
+        anchor: torch.Tensor,
+        link: torch.Tensor,
+        x: torch.Tensor,
+        buffer: Any,
+        handle: DispatchHandle,
+        others: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        recv_x = buffer.dispatch(_to_wire(buffer, x), handle=handle)[0]
+        recv_x = buffer.dispatch(_to_wire(buffer, x), handle=handle, **others)[0]
         ctx.buffer, ctx.handle, ctx.x_dtype = buffer, handle, x.dtype
         return recv_x.to(x.dtype), x.new_empty(0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_recv_x: torch.Tensor, grad_link: torch.Tensor) -> Any:
+    def backward(ctx: Any, grad_recv_x: torch.Tensor, _grad_link: torch.Tensor) -> Any:
         grad_x = ctx.buffer.combine(_to_wire(ctx.buffer, grad_recv_x), ctx.handle)[0]
-        return None, grad_link, grad_x.to(ctx.x_dtype), None, None
+        return None, None, grad_x.to(ctx.x_dtype), None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -203,14 +211,13 @@ class _Combine(torch.autograd.Function):
     ) -> torch.Tensor:
         combined: torch.Tensor = buffer.combine(_to_wire(buffer, x), handle)[0]
         ctx.buffer, ctx.handle, ctx.x_dtype = buffer, handle, x.dtype
-        ctx.empty_link = link.detach()
         return combined.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_combined: torch.Tensor) -> Any:
         grad_x = ctx.buffer.dispatch(_to_wire(ctx.buffer, grad_combined), handle=ctx.handle)[0]
-        return None, ctx.empty_link, grad_x.to(ctx.x_dtype), None, None
+        return None, None, grad_x.to(ctx.x_dtype), None, None
 
 
 # torch leaves `apply` untyped.

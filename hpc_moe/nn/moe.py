@@ -8,6 +8,7 @@ Letters: T tokens of this rank, H hidden, F width of an expert, K top-k, E exper
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ import torch.nn.functional as F
 from mpi4py import MPI
 
 from hpc_moe.errors import ArgumentError
+from hpc_moe.nn.collectives import check_same_ranks
+from hpc_moe.nn.copying import copy_sharing
 from hpc_moe.nn.functional import combine, dispatch
 from hpc_moe.nn.router import RouterOutput, TopKRouter
 
@@ -32,8 +35,8 @@ class Experts(torch.nn.Module):
         ffn_hidden: F.
         first_expert: global index of the first one held here.
         num_local_experts: how many.
-        seed: of the initial weights.
-        dtype: of the weights.
+        seed: of the initial weights; give every layer another one, or their experts are identical.
+        dtype: of the weights. Rows of another one are converted on the way in and on the way out.
         device: of the weights.
 
     Attributes:
@@ -74,10 +77,10 @@ class Experts(torch.nn.Module):
             As `x`.
         """
         results = []
-        for local, rows in enumerate(torch.split(x, list(num_rows_per_expert))):
+        for local, rows in enumerate(torch.split(x.to(self.w_in.dtype), list(num_rows_per_expert))):
             gate, up = (rows @ self.w_in[local]).chunk(2, dim=-1)
             results.append((F.silu(gate) * up) @ self.w_out[local])
-        return torch.cat(results)
+        return torch.cat(results).to(x.dtype)  # under autocast, products have another dtype
 
 
 @dataclass
@@ -85,7 +88,8 @@ class MoEStatistics:
     """Sums since the last `reset`, for progress displays.
 
     The seconds are wall-clock time inside the calls on this rank, forward and backward, waiting for slower ranks
-    included. On CUDA they are the time to enqueue, where the CPU does not wait.
+    included. On CUDA they are the time to enqueue, where the CPU does not wait. Under activation checkpointing the
+    forward runs twice, and everything is counted twice but the backward's own calls.
 
     Attributes:
         dispatch_seconds: time in `Buffer.dispatch`.
@@ -121,13 +125,16 @@ class MoE(torch.nn.Module):
         router: default `TopKRouter(hidden, num_experts, top_k, seed=seed)`.
         travel_dtype: round tokens, results and their gradients to this dtype where they would travel between ranks;
             with bfloat16 the layer has the numerics of `ExpertParallelMoE`, up to the order of sums. None: do not.
-        seed: of the initial weights.
+        seed: of the initial weights; give every layer another one, or they are identical.
         dtype: of the experts' weights.
         device: of the weights.
 
     Attributes:
         router, experts: the submodules.
         statistics: `MoEStatistics`; its seconds stay 0.
+
+    Raises:
+        ArgumentError: the router is one for other sizes.
     """
 
     def __init__(
@@ -144,6 +151,8 @@ class MoE(torch.nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        if router is not None:
+            _check_router("MoE", router, hidden=hidden, num_experts=num_experts, top_k=top_k)
         self.hidden, self.num_experts, self.top_k = hidden, num_experts, top_k
         self.travel_dtype = travel_dtype
         self.router = router or TopKRouter(hidden, num_experts, top_k, seed=seed, device=device)
@@ -151,7 +160,14 @@ class MoE(torch.nn.Module):
         self.statistics = MoEStatistics(0.0, 0.0, 0, torch.zeros(num_experts, dtype=torch.int64))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the output `[..., H]` for `x [..., H]`, and the router's loss (a scalar, see `RouterOutput`)."""
+        """Return the output for `x [..., H]`, alike, and the router's loss (a scalar, see `RouterOutput`).
+
+        Raises:
+            ArgumentError: `x` has another hidden size.
+        """
+        wrong = _wrong_tokens("MoE", x, self.hidden)
+        if wrong:
+            raise ArgumentError(wrong)
         tokens = x.reshape(-1, self.hidden)
         routed = self.router(tokens)
         self.statistics._count(routed)
@@ -160,7 +176,7 @@ class MoE(torch.nn.Module):
         counts = torch.bincount(expert_of_row, minlength=self.num_experts).tolist()
         rows = self.experts(self._travel(self._travel(tokens)[token_of_row]), counts)
         rows = rows * routed.topk_weights.flatten()[order].to(rows.dtype).unsqueeze(1)
-        combined = torch.zeros_like(tokens).index_add(0, token_of_row, self._travel(rows))
+        combined = rows.new_zeros(tokens.shape).index_add(0, token_of_row, self._travel(rows))
         return self._travel(combined).view_as(x), routed.loss
 
     def _travel(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -171,31 +187,39 @@ class MoE(torch.nn.Module):
 class ExpertParallelMoE(torch.nn.Module):
     """The layer with its experts spread over the ranks of a communicator: expert e lives on rank `e // L`.
 
-    Each rank passes its own tokens, any number of them, 0 included. Forward and backward are collective: all ranks call
-    them, in the same order, and in the same grad mode. The router's weight is replicated (average its gradient over the
-    ranks), the experts' gradient holds the contributions of all ranks' tokens (divide it by R where losses are
+    Each rank passes its own tokens, any number of them, 0 included. Construction, forward and backward are collective:
+    all ranks call them, in the same order, and in the same grad mode. Tokens that one rank's layer rejects are an
+    `ArgumentError` on all ranks, and the layer stays usable. The router's weight is replicated (average its gradient
+    over the ranks), the experts' gradient holds the contributions of all ranks' tokens (divide it by R where losses are
     averaged): `hpc_moe.nn.synchronize_gradients` does both.
 
     Args:
-        comm: any mpi4py intracommunicator.
+        comm: any mpi4py intracommunicator; not to be freed before the layer's last use.
         hidden: H, a multiple of 128.
         ffn_hidden: F.
         num_experts: E, a multiple of R.
         top_k: K.
-        router: default `TopKRouter(hidden, num_experts, top_k, comm=comm, seed=seed)`. Equal on all ranks.
+        router: default `TopKRouter(hidden, num_experts, top_k, comm=comm, seed=seed)` with the buffer's timeout. Equal
+            on all ranks.
         buffer: a `hpc_moe.Buffer` on the same ranks, which several layers can share; None makes one of the hinted size,
             which the layer owns (`destroy()`).
-        seed: of the initial weights: the full model is the same for any number of ranks.
+        seed: of the initial weights; give every layer another one, or they are identical. The full model is the same
+            for any number of ranks.
         dtype: of the experts' weights. Tokens travel as bfloat16 whatever it is.
         device: of the weights, and of the buffer made here.
 
     Attributes:
         router, experts: the submodules; `experts` has this rank's only.
+        comm: the communicator.
         buffer: the buffer in use.
         statistics: `MoEStatistics`.
 
+    `copy.deepcopy` copies weights and statistics, and shares communicator and buffer; if the layer owns the buffer, the
+    copy does not.
+
     Raises:
-        ArgumentError: `num_experts` not a multiple of the number of ranks.
+        ArgumentError: `num_experts` is not a multiple of the number of ranks, the router is one for other sizes, or the
+            router or the buffer is one for other ranks.
     """
 
     def __init__(
@@ -213,26 +237,41 @@ class ExpertParallelMoE(torch.nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        name = "ExpertParallelMoE"
         num_ranks = comm.Get_size()
         if num_experts < 1 or num_experts % num_ranks:
             raise ArgumentError(
                 f"ExpertParallelMoE: num_experts must be a multiple of the {num_ranks} ranks; got {num_experts}"
             )
+        if router is not None:
+            _check_router(name, router, hidden=hidden, num_experts=num_experts, top_k=top_k)
+            if router.comm is not None:
+                check_same_ranks(comm, router.comm, f"{name}: router.comm must have the ranks of comm")
+        if buffer is not None:
+            check_same_ranks(comm, buffer.group, f"{name}: buffer must be one on the ranks of comm")
         self.hidden, self.num_experts, self.top_k = hidden, num_experts, top_k
-        self.router = router or TopKRouter(hidden, num_experts, top_k, comm=comm, seed=seed, device=device)
+        self.comm = comm
+        self._owns_buffer = buffer is None
+        self.buffer = _make_buffer(comm, hidden, device) if buffer is None else buffer
+        self.router = router or TopKRouter(
+            hidden, num_experts, top_k, comm=comm, timeout=_timeout(self.buffer), seed=seed, device=device
+        )
         num_local = num_experts // num_ranks
         self.experts = Experts(
             hidden, ffn_hidden, comm.Get_rank() * num_local, num_local, seed=seed, dtype=dtype, device=device
         )
-        self._owns_buffer = buffer is None
-        self.buffer = _make_buffer(comm, hidden, device) if buffer is None else buffer
         self.statistics = MoEStatistics(0.0, 0.0, 0, torch.zeros(num_experts, dtype=torch.int64))
         self._timed_buffer = _TimedBuffer(self.buffer, self.statistics)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the output `[..., H]` for `x [..., H]`, and the router's loss (a scalar, see `RouterOutput`)."""
+        """Return the output for `x [..., H]`, alike, and the router's loss (a scalar, see `RouterOutput`).
+
+        Raises:
+            ArgumentError: `x` is wrong here or on another rank.
+            PeerTimeoutError: a rank did not come.
+        """
+        routed = self._route(x)
         tokens = x.reshape(-1, self.hidden)
-        routed = self.router(tokens)
         self.statistics._count(routed)
         received = dispatch(
             self._timed_buffer,
@@ -248,10 +287,49 @@ class ExpertParallelMoE(torch.nn.Module):
         combined = combine(self._timed_buffer, rows, received.handle)
         return combined.view_as(x), routed.loss
 
+    def _route(self, x: torch.Tensor) -> RouterOutput:
+        """Route the tokens; if they are rejected here, the other ranks hear of it in the call that they wait in."""
+        wrong = _wrong_tokens("ExpertParallelMoE", x, self.hidden)
+        try:
+            routed: RouterOutput = self.router(x if wrong else x.reshape(-1, self.hidden))  # which rejects them, too
+        except Exception as error:
+            if self.router.comm is None:  # else it has told them
+                with contextlib.suppress(ArgumentError):
+                    self.buffer.dispatch(wrong or str(error))  # no tensor, but a text that the others are shown
+            if wrong:
+                raise ArgumentError(wrong) from None
+            raise
+        return routed
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertParallelMoE:
+        copied = copy_sharing(self, memo, self.comm, self.buffer)
+        copied._owns_buffer = False
+        return copied
+
     def destroy(self) -> None:
         """Destroy the buffer if the layer made it. Collective, idempotent."""
         if self._owns_buffer:
             self.buffer.destroy()
+
+
+def _check_router(layer: str, router: TopKRouter, **sizes: int) -> None:
+    """The router must be one for these sizes of the layer."""
+    for name, size in sizes.items():
+        if getattr(router, name) != size:
+            raise ArgumentError(f"{layer}: router.{name} must be {size}; got {getattr(router, name)}")
+
+
+def _wrong_tokens(layer: str, x: Any, hidden: int) -> str:
+    """What is wrong with the layer's input, if anything."""
+    if isinstance(x, torch.Tensor) and x.dim() and x.shape[-1] == hidden:
+        return ""
+    got = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+    return f"{layer}: x must be [..., {hidden}]; got {got}"
+
+
+def _timeout(buffer: Any) -> float:
+    """Seconds that the buffer's waits may last."""
+    return float(getattr(getattr(buffer, "_backend", None), "timeout", 100.0))
 
 
 def _make_buffer(comm: MPI.Intracomm, hidden: int, device: torch.device | str | None) -> Any:

@@ -9,7 +9,7 @@ Letters: T tokens of this rank, H hidden, K top-k, E experts, G groups of expert
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from mpi4py import MPI
 
 from hpc_moe.errors import ArgumentError
-from hpc_moe.nn.parallel import all_reduce_sum
+from hpc_moe.nn.collectives import Collectives
+from hpc_moe.nn.copying import copy_sharing
 
 
 class RouterOutput(NamedTuple):
@@ -53,11 +54,11 @@ class TopKRouter(torch.nn.Module):
     and `P_e` the mean score (scores normalised to a sum of 1), which is equation 4 of the Switch Transformer
     (arXiv:2101.03961) for any K; and `z_loss = mean_t logsumexp(logits_t)^2`, equation 5 of ST-MoE (arXiv:2202.08906).
 
-    With `comm`, `f_e` and the token count are those of all its ranks (one small allreduce per call, so the call is
-    collective), and the mean over the ranks of `loss`, and of its gradient, is exactly the loss of all tokens together,
-    however they are spread. Without, both are those of this rank's tokens.
+    With `comm`, `f_e` and the token count are those of all its ranks (one small allreduce per call, so construction and
+    calls are collective), and the mean over the ranks of `loss`, and of its gradient, is exactly the loss of all tokens
+    together, however they are spread. Without, both are those of this rank's tokens.
 
-    The weight is drawn from `seed`, equal on every rank.
+    The weight is drawn from `seed`, equal on every rank. `copy.deepcopy` copies the weight and shares `comm`.
 
     Args:
         hidden: H.
@@ -71,8 +72,10 @@ class TopKRouter(torch.nn.Module):
         group_score_top: experts that count for a group's score; default `max(1, top_k // top_groups)`.
         balance_coef: factor of the load-balancing loss.
         z_coef: factor of the z-loss.
-        comm: ranks over which the load is counted, or None.
-        seed: of the weight `[E, H]`, drawn with standard deviation `H ** -0.5`.
+        comm: ranks over which the load is counted, or None. Not to be freed before the last call.
+        timeout: seconds to wait for the other ranks of `comm`.
+        seed: of the weight `[E, H]`, drawn with standard deviation `H ** -0.5`; give every layer another one, or their
+            routers are identical.
         dtype: of the weight.
         device: of the weight.
 
@@ -95,6 +98,7 @@ class TopKRouter(torch.nn.Module):
         balance_coef: float = 0.0,
         z_coef: float = 0.0,
         comm: MPI.Intracomm | None = None,
+        timeout: float = 100.0,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
@@ -112,19 +116,24 @@ class TopKRouter(torch.nn.Module):
                 f"got {self.group_score_top}"
             )
         self.balance_coef, self.z_coef = balance_coef, z_coef
-        self.comm = comm
+        self.comm, self.timeout = comm, timeout
+        self._collectives = None if comm is None else Collectives.of(comm, timeout)
         generator = torch.Generator().manual_seed(seed)
         weight = torch.randn(num_experts, hidden, generator=generator) * hidden**-0.5
         self.weight = torch.nn.Parameter(weight.to(device=device, dtype=dtype))
 
     def forward(self, x: torch.Tensor) -> RouterOutput:
-        """Route the tokens `x [T, H]`. T may be 0. Collective if the router has a `comm`."""
-        if x.dim() != 2 or x.shape[1] != self.hidden:
-            raise ArgumentError(f"TopKRouter: x must be [num_tokens, {self.hidden}]; got {list(x.shape)}")
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        logits = F.linear(x.to(dtype), self.weight.to(dtype))
-        scores = logits.softmax(dim=-1) if self.score == "softmax" else logits.sigmoid()
-        topk_idx = self._select(scores.detach())
+        """Route the tokens `x [T, H]`. T may be 0. Collective if the router has a `comm`.
+
+        Raises:
+            ArgumentError: `x` is wrong here, or was rejected by another rank of `comm`.
+            PeerTimeoutError: a rank of `comm` did not come.
+        """
+        try:
+            logits, scores, topk_idx = self._score(x)
+        except Exception:
+            self._count(None)
+            raise
         topk_weights = scores.gather(1, topk_idx)
         if self.norm_topk_prob:
             topk_weights = topk_weights / topk_weights.sum(dim=1, keepdim=True).clamp_min(1e-20)
@@ -136,6 +145,17 @@ class TopKRouter(torch.nn.Module):
         loss = self.balance_coef * balance_loss + self.z_coef * z_loss
         return RouterOutput(topk_idx, topk_weights, loss, balance_loss.detach(), z_loss.detach(), expert_load)
 
+    def _score(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits and scores `[T, E]`, and the experts selected `[T, K]`."""
+        if not isinstance(x, torch.Tensor) or x.dim() != 2 or x.shape[1] != self.hidden:
+            got = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+            raise ArgumentError(f"TopKRouter: x must be [num_tokens, {self.hidden}]; got {got}")
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.to(dtype), self.weight.to(dtype))
+        scores = logits.softmax(dim=-1) if self.score == "softmax" else logits.sigmoid()
+        return logits, scores, self._select(scores.detach())
+
     def _select(self, scores: torch.Tensor) -> torch.Tensor:
         if self.top_groups < self.num_groups:
             by_group = scores.reshape(-1, self.num_groups, self.num_experts // self.num_groups)
@@ -145,15 +165,27 @@ class TopKRouter(torch.nn.Module):
             scores = by_group.masked_fill(~allowed.unsqueeze(2), -torch.inf).flatten(1)
         return scores.topk(self.top_k, dim=1).indices
 
-    def _count(self, topk_idx: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Tokens per expert, and the mean number of tokens per rank (1 where there are none)."""
-        load = torch.bincount(topk_idx.flatten(), minlength=self.num_experts)
-        num_tokens, num_ranks = topk_idx.shape[0], 1
-        if self.comm is not None:
-            counts = np.append(load.cpu().numpy(), num_tokens)
-            all_reduce_sum(self.comm, counts, operation="TopKRouter (counting the load)")
-            load = torch.from_numpy(counts[:-1].copy()).to(topk_idx.device)
-            num_tokens, num_ranks = int(counts[-1]), self.comm.Get_size()
+    def _count(self, topk_idx: torch.Tensor | None) -> tuple[torch.Tensor, float]:
+        """Tokens per expert, and the mean number of tokens per rank (1 where there are none).
+
+        None if this rank rejects its tokens: it takes part all the same, to tell the others.
+        """
+        chosen = torch.empty(0, dtype=torch.int64) if topk_idx is None else topk_idx
+        load = torch.bincount(chosen.flatten(), minlength=self.num_experts)
+        num_tokens, num_ranks = chosen.shape[0], 1
+        if self._collectives is not None:
+            rank, num_ranks = self._collectives.rank, self._collectives.size
+            counts = np.zeros(self.num_experts + 1 + num_ranks, np.int64)  # the last R: whether a rank rejects
+            counts[: self.num_experts] = load.cpu().numpy()
+            counts[self.num_experts] = num_tokens
+            counts[self.num_experts + 1 + rank] = topk_idx is None
+            self._collectives.all_reduce_sum(counts, "TopKRouter (counting the load)", self.timeout)
+            rejecting = np.flatnonzero(counts[self.num_experts + 1 :]).tolist()
+            if rejecting and topk_idx is not None:
+                names = ", ".join(map(str, rejecting))
+                raise ArgumentError(f"TopKRouter: the tokens were rejected on rank {names}, which says why")
+            load = torch.from_numpy(counts[: self.num_experts].copy()).to(chosen.device)
+            num_tokens = int(counts[self.num_experts])
         return load, max(num_tokens, 1) / num_ranks
 
     def _balance_loss(self, scores: torch.Tensor, load: torch.Tensor, tokens_per_rank: float) -> torch.Tensor:
@@ -161,6 +193,9 @@ class TopKRouter(torch.nn.Module):
         if self.score != "softmax":
             scores = scores / scores.sum(dim=1, keepdim=True).clamp_min(1e-20)
         return self.num_experts * torch.dot(shares, scores.sum(dim=0) / tokens_per_rank)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TopKRouter:
+        return copy_sharing(self, memo, self.comm, self._collectives)
 
     def extra_repr(self) -> str:
         return f"hidden={self.hidden}, num_experts={self.num_experts}, top_k={self.top_k}, score={self.score!r}"
