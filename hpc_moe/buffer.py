@@ -46,6 +46,8 @@ class Buffer:
         num_rdma_bytes: bytes for traffic between nodes and for the low-latency mode.
         low_latency_mode: whether low-latency calls are possible.
         num_sms: streaming multiprocessors that the CUDA kernels use; see `set_num_sms`.
+        timeout: seconds that any wait for a peer may last.
+        topology: which ranks are on which node.
         runtime: the C++ runtime.
     """
 
@@ -124,10 +126,11 @@ class Buffer:
                 num_rdma_bytes=num_rdma_bytes,
                 low_latency_mode=low_latency_mode,
                 enable_shrink=enable_shrink,
-                timeout=float(timeout),
+                timeout=float(checked["timeout"]),
             )
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode = low_latency_mode
+        self.timeout = float(checked["timeout"])
         self.topology = topology
         self._enable_shrink = enable_shrink
         self.runtime = self._backend.runtime
