@@ -19,7 +19,7 @@ from . import checks
 from ._backends.cpu import CpuBackend
 from .bootstrap import Group, agree, find_topology
 from .config import Config, low_latency_staging_bytes
-from .errors import ArgumentError, UnavailableError
+from .errors import ArgumentError, Error, PeerTimeoutError, UnavailableError
 from .events import EventOverlap
 from .handles import DispatchHandle, LowLatencyHandle
 
@@ -210,6 +210,8 @@ class Buffer:
             raise ArgumentError(f"Buffer.{name}: {error}") from None
         except BaseException as error:
             backend.broken = backend.broken or f"{name}: {type(error).__name__}: {error}"
+            if isinstance(error, RuntimeError) and not isinstance(error, Error):
+                raise Error(f"Buffer.{name}: {error}") from error
             raise
 
     @contextlib.contextmanager
@@ -219,12 +221,16 @@ class Buffer:
         try:
             yield backend
         except Exception as error:
-            if cleaning:
-                backend.reject_cleaning(error)
-            else:
-                backend.reject(name, error)
-            if isinstance(error, ArgumentError):
-                raise ArgumentError(f"Buffer.{name}: {error}") from None
+            late = None
+            try:
+                if cleaning:
+                    backend.reject_cleaning(error)
+                else:
+                    backend.reject(name, error)
+            except PeerTimeoutError as caught:
+                late = caught  # worth a mention, but the arguments are what is wrong
+            if isinstance(error, (ArgumentError, UnavailableError)):
+                raise type(error)(f"Buffer.{name}: {error}") from late
             raise
 
     # --- normal calls ------------------------------------------------------------------------------------------------
@@ -454,9 +460,10 @@ class Buffer:
             round_scale: with `use_fp8`, round scales up to powers of two.
             use_ue8m0: with both, store scales as exponent bytes, four to an int32.
             async_finish: do not make the current stream wait; excludes `return_recv_hook`.
-            return_recv_hook: only send; the returned hook receives, and fills the returned tensors. At most two sends
-                may be unreceived. Hooks run in the order of the calls: one runs those before it, too. (An MPI that
-                needs the sender's help for large messages delivers them while the sender is in a later call.)
+            return_recv_hook: only send; the returned hook receives, and fills the returned tensors. The same on all
+                ranks. At most two sends may be unreceived. Hooks run in the order of the calls: one runs those before
+                it, too. (An MPI that needs the sender's help for large messages delivers them while the sender is in a
+                later call.)
             topk_weights: `[T, K] float32`: they travel along, and `low_latency_combine` sums a rank's experts before
                 sending; it must then be given the same weights.
 
@@ -487,6 +494,7 @@ class Buffer:
                 use_ue8m0,
                 topk_weights,
             )
+            request.return_recv_hook = return_recv_hook
             self._check_low_latency_size(request.num_max_tokens, request.x.shape[1], request.num_experts)
             backend.check_unreceived(return_recv_hook)
         with self._running(name):
@@ -550,6 +558,7 @@ class Buffer:
                 out,
                 combine_wait_recv_cost_stats,
             )
+            request.return_recv_hook = return_recv_hook
             if zero_copy:
                 request.x = backend.staging_buffer(handle)
             backend.check_routing(request)

@@ -228,7 +228,7 @@ def topk_indices(facts: BufferFacts, topk_idx: Any, num_tokens: int | str = "num
 
 def weights_like(facts: BufferFacts, topk_weights: Any, topk_idx: torch.Tensor) -> torch.Tensor:
     """`topk_weights` of the shape of `topk_idx`, contiguous."""
-    return tensor("topk_weights", topk_weights, torch.float32, list(topk_idx.shape), facts.device).contiguous()
+    return tensor("topk_weights", topk_weights, torch.float32, list(topk_idx.shape), facts.device).detach().contiguous()
 
 
 def tokens_and_scales(facts: BufferFacts, x: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -393,7 +393,7 @@ def combine_request(facts: BufferFacts, x: Any, handle: Any, topk_weights: Any, 
             raise ArgumentError("topk_weights must be None: the dispatch had no topk_idx")
         columns = [] if handle.expert_layout == "grouped" else [handle.top_k]
         shape = [handle.num_rows, *columns]
-        weights = tensor("topk_weights", topk_weights, torch.float32, shape, facts.device).contiguous()
+        weights = tensor("topk_weights", topk_weights, torch.float32, shape, facts.device).detach().contiguous()
     biases = list(bias) if isinstance(bias, (tuple, list)) else [] if bias is None else [bias]
     if len(biases) > 2:
         raise ArgumentError(f"bias must be None, a tensor or up to two; got {len(biases)}")

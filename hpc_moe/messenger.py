@@ -145,6 +145,17 @@ class Messenger:
         """Nobody wants these messages: drop them if they come."""
         self._unwanted.update((rank, self._tag(purpose, count)) for rank in ranks)
 
+    def drop_now(self, rank: int, purpose: Purpose, counts: Iterable[int]) -> None:
+        """Drop those of these messages that have come."""
+        for count in counts:
+            started = self._start_receive(rank, self._tag(purpose, count))
+            if started is not None:
+                self._under_way.append((rank, self.sent, *started))
+
+    def reap(self) -> None:
+        """Let go of messages that MPI is done with."""
+        self._under_way = [item for item in self._under_way if not item[2].Test()]
+
     def _drop_unwanted(self) -> None:
         for rank, tag in tuple(self._unwanted):
             started = self._start_receive(rank, tag)
@@ -165,7 +176,7 @@ class Messenger:
 
         def done() -> bool:
             self._drop_unwanted()
-            self._under_way = [item for item in self._under_way if not item[2].Test()]
+            self.reap()
             return not late()
 
         wait_until(done, limit)

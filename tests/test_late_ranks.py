@@ -136,6 +136,74 @@ def test_an_error_of_a_deferred_call_is_its_own(comm: MPI.Intracomm) -> None:
         buffer.clean_low_latency_buffer(4, HIDDEN, comm.size)  # nothing is left unreceived
 
 
+def test_hooks_let_go_of_messages(comm: MPI.Intracomm) -> None:
+    x, topk_idx = to_the_next_rank(comm, 4)
+    with low_latency_buffer(comm, 4, HIDDEN, 30.0) as buffer:
+        for _ in range(50):
+            *_, hook = buffer.low_latency_dispatch(x, topk_idx, 4, comm.size, return_recv_hook=True)
+            hook()
+        assert buffer._backend is not None
+        assert len(buffer._backend.messenger._under_way) < 10 * comm.size
+
+
+def test_hooks_on_some_ranks_only_are_an_error(comm: MPI.Intracomm) -> None:
+    x, topk_idx = to_the_next_rank(comm, 128, 7168)
+    with low_latency_buffer(comm, 128, 7168, 30.0) as buffer:
+        with pytest.raises(ArgumentError, match="return_recv_hook must be the same on all ranks"):
+            *_, hook = buffer.low_latency_dispatch(
+                x, topk_idx, 128, comm.size, use_fp8=False, return_recv_hook=comm.rank == 1
+            )
+            hook()
+        assert buffer.low_latency_dispatch(x, topk_idx, 128, comm.size)[1].tolist() == [128]
+
+
+def test_a_failed_dispatch_takes_no_staging_buffer(comm: MPI.Intracomm) -> None:
+    x, topk_idx = to_the_next_rank(comm, 4)
+    with low_latency_buffer(comm, 4, HIDDEN, 30.0) as buffer:
+        _, _, first, _, _ = buffer.low_latency_dispatch(x, topk_idx, 4, comm.size)
+        with pytest.raises(ArgumentError):
+            buffer.low_latency_dispatch(x, topk_idx if comm.rank else topk_idx + 99, 4, comm.size)
+        _, _, second, _, _ = buffer.low_latency_dispatch(x, topk_idx, 4, comm.size)
+        staging = [buffer.get_next_low_latency_combine_buffer(handle).data_ptr() for handle in (first, second)]
+        assert staging[0] != staging[1]
+
+
+def test_weights_that_require_gradients(comm: MPI.Intracomm) -> None:
+    x, topk_idx = to_the_next_rank(comm, 4)
+    with normal_buffer(comm) as buffer:
+        rows, _, weights, _, handle, _ = buffer.dispatch(
+            x,
+            topk_idx=topk_idx,
+            topk_weights=torch.ones(4, 1, requires_grad=True),
+            num_experts=comm.size,
+            expert_layout="grouped",
+        )
+        _, summed, _ = buffer.combine(rows, handle, weights.requires_grad_())
+        assert summed is not None and torch.equal(summed, torch.ones(4, 1))
+
+
+def test_a_rank_that_comes_back_while_a_send_is_unreceived(comm: MPI.Intracomm) -> None:
+    """The cleaning is refused, but the mask is gone: the unreceived call must not wait for the rank it left out."""
+    if comm.size < 3:
+        pytest.skip("needs two ranks beside the masked one")
+    x, topk_idx = to_the_next_rank(comm, 4)
+    with low_latency_buffer(comm, 4, HIDDEN, 3.0, enable_shrink=True) as buffer:
+        masked, hook = 2, None
+        if comm.rank != masked:
+            buffer.low_latency_update_mask_buffer(masked, True)
+            *_, hook = buffer.low_latency_dispatch(x, topk_idx, 4, comm.size, return_recv_hook=True)
+            buffer.low_latency_clean_mask_buffer()
+        with pytest.raises(ArgumentError, match=r"unreceived|rejected"):
+            buffer.clean_low_latency_buffer(4, HIDDEN, comm.size)
+        if hook is not None:
+            hook()
+        status = torch.empty(comm.size, dtype=torch.int32)
+        buffer.low_latency_query_mask_buffer(status)
+        assert not status.any()
+        buffer.clean_low_latency_buffer(4, HIDDEN, comm.size)
+        assert buffer.low_latency_dispatch(x, topk_idx, 4, comm.size)[1].tolist() == [4]
+
+
 def test_destroying_with_unreceived_sends(comm: MPI.Intracomm) -> None:
     x, topk_idx = to_the_next_rank(comm, 128, 7168)
     buffer = low_latency_buffer(comm, 128, 7168, 30.0)

@@ -103,6 +103,7 @@ class LowLatencyDispatchRequest:
     use_fp8: bool
     round_scale: bool
     use_ue8m0: bool
+    return_recv_hook: bool = False
 
     def agreed(self) -> dict[str, int]:
         """What must be equal on all ranks."""
@@ -115,6 +116,7 @@ class LowLatencyDispatchRequest:
             "use_fp8": int(self.use_fp8),
             "round_scale": int(self.round_scale),
             "use_ue8m0": int(self.use_ue8m0),
+            "return_recv_hook": int(self.return_recv_hook),
         }
 
 
@@ -129,10 +131,15 @@ class LowLatencyCombineRequest:
     use_logfmt: bool
     out: torch.Tensor | None  # [T, H] bf16, contiguous
     wait_stats: torch.Tensor | None  # [R] int64
+    return_recv_hook: bool = False
 
     def agreed(self) -> dict[str, int]:
         """What must be equal on all ranks."""
-        return {"handle": self.handle._epoch, "use_logfmt": int(self.use_logfmt)}
+        return {
+            "handle": self.handle._epoch,
+            "use_logfmt": int(self.use_logfmt),
+            "return_recv_hook": int(self.return_recv_hook),
+        }
 
 
 @dataclass

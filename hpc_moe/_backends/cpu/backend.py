@@ -66,6 +66,7 @@ class Call:
         name: the operation.
         epoch: its number.
         agreed: what must be equal on all ranks.
+        peers: the ranks that it was sent to.
         first_message: number of the messenger's first message of the call.
         counter: where its statistics go.
     """
@@ -73,6 +74,7 @@ class Call:
     name: str
     epoch: int
     agreed: dict[str, int]
+    peers: tuple[int, ...]
     first_message: int
     counter: Counter = field(repr=False)
 
@@ -279,7 +281,8 @@ class CpuBackend:
         self.epoch += 1
         counter = self.counters[name]
         counter.calls += 1
-        return Call(name, self.epoch, agreed, self.messenger.sent, counter)
+        self.messenger.reap()
+        return Call(name, self.epoch, agreed, tuple(self.peers), self.messenger.sent, counter)
 
     def message(self, call: Call, extra: tuple[int, ...], num_payload_bytes: int) -> Bytes:
         """A message of this call: its announcement, and room for a payload behind it."""
@@ -305,8 +308,9 @@ class CpuBackend:
                 did not reject its own.
             PeerTimeoutError: a peer did not come (unless it can be masked).
         """
-        messages = self.receive(call, Purpose.CALL, call.epoch, self.peers, "the call", on_arrival)
-        self.skipped.extend((rank, call.epoch) for rank in self.masked)
+        peers = [rank for rank in call.peers if rank not in self.masked]
+        messages = self.receive(call, Purpose.CALL, call.epoch, peers, "the call", on_arrival)
+        self.skipped.extend((rank, call.epoch) for rank in range(self.num_ranks) if rank not in messages)
         announcements = {rank: Announcement.read(message) for rank, message in messages.items()}
         own = Announcement(OPERATIONS.index(call.name), tuple(call.agreed.values()))
         everyones = dict(sorted({**announcements, self.rank: own}.items()))
@@ -333,7 +337,8 @@ class CpuBackend:
         Announcement(OPERATIONS.index(name), (), str(error) or type(error).__name__).write(message)
         others = [rank for rank in range(self.num_ranks) if rank != self.rank]  # a masked one may be waiting, too
         self.send_call(call, dict.fromkeys(others, message))
-        self.messenger.forget(others, Purpose.CALL, call.epoch)
+        self.messenger.forget(self.peers, Purpose.CALL, call.epoch)
+        self.skipped.extend((rank, call.epoch) for rank in self.masked)
 
     def receive(
         self,
@@ -373,7 +378,8 @@ class CpuBackend:
             PeerTimeoutError: a peer did not take its messages (where ranks may be masked, it has masked this one).
         """
         begin = time.perf_counter()
-        late = self.messenger.finish(self.timeout, self.peers, call.first_message)
+        peers = [rank for rank in call.peers if rank not in self.masked]
+        late = self.messenger.finish(self.timeout, peers, call.first_message)
         call.counter.wait_seconds += time.perf_counter() - begin
         if late and not self._may_mask(call):
             raise self.time_out(call.name, late, "the end of this rank's messages to them")

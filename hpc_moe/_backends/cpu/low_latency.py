@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 MAX_UNRECEIVED = 2
 
 
-@dataclass
+@dataclass(eq=False)
 class Routing:
     """What a dispatch keeps for its combine.
 
@@ -76,7 +76,9 @@ class LowLatency:
     def __init__(self, backend: CpuBackend) -> None:
         self._backend = backend
         self.pending: deque[Pending] = deque()  # in the order of the calls
-        self._dispatches = 0
+        self._staged: list[
+            Routing
+        ] = []  # of the latest dispatches, but for failed ones: their staging buffers are taken
 
     def check_unreceived(self) -> None:
         """Refuse a call that would leave too many sends unreceived.
@@ -140,7 +142,7 @@ class LowLatency:
         backend.send_call(call, messages)
         result = self._allocate(call, request, shape)
         result.receive = self._defer(call, lambda: self._receive_dispatch(call, request, shape, own, result))
-        self._dispatches += 1
+        self._staged = [*self._staged[-MAX_UNRECEIVED:], result.handle._backend_state]
         call.counter.seconds += time.perf_counter() - begin
         return result
 
@@ -194,7 +196,7 @@ class LowLatency:
             topk_idx=request.topk_idx.clone(),
             topk_weights=None if request.topk_weights is None else request.topk_weights.clone(),
             is_token_in_rank=request.layout.is_token_in_rank,
-            staging=self._dispatches % 2,
+            staging=1 - self._staged[-1].staging if self._staged else 0,
             source_begin=[],
             grouped_rows=np.empty((0, 0), np.int32),
             token_weights=None,
@@ -213,7 +215,12 @@ class LowLatency:
     ) -> None:
         begin = time.perf_counter()
         backend, handle = self._backend, result.handle
-        messages = self._receive_messages(call, request.wait_stats)
+        routing: Routing = handle._backend_state
+        try:
+            messages = self._receive_messages(call, request.wait_stats)
+        except ArgumentError:
+            self._staged = [other for other in self._staged if other is not routing]
+            raise
         messages[backend.rank] = own
         packets = {rank: address(message) + HEADER_BYTES for rank, message in messages.items()}
         views = {rank: _C.RowView.of_packet(shape, _C.Packet.at(shape, base)) for rank, base in packets.items()}
@@ -224,7 +231,6 @@ class LowLatency:
         begins = counts.cumsum(axis=0) - counts
         next_row = begins + np.arange(local) * rows
         received = [views[rank].num_rows if rank in views else 0 for rank in range(backend.num_ranks)]
-        routing: Routing = handle._backend_state
         routing.source_begin = [0, *np.cumsum(received).tolist()]
         routing.grouped_rows = np.empty((routing.source_begin[-1], shape.num_topk), np.int32)
         routing.token_weights = np.empty(routing.grouped_rows.shape, np.float32) if shape.has_weights else None

@@ -17,7 +17,7 @@ import numpy as np
 
 from ...bootstrap import difference
 from ...errors import ArgumentError
-from ...messenger import Bytes, Purpose, wait_until
+from ...messenger import Bytes, PeersMissing, Purpose, wait_until
 
 if TYPE_CHECKING:
     from .backend import CpuBackend
@@ -61,6 +61,7 @@ def agree_on_masks(backend: CpuBackend, agreed: dict[str, int], rejection: str =
             same.
         PeerTimeoutError: a rank that is not masked did not come; it is masked now.
     """
+    backend.messenger.reap()
     masked = backend.masked - backend.unmasking
     voters = [rank for rank in range(backend.num_ranks) if rank != backend.rank and rank not in masked]
     number = secrets.randbits(62) | 1
@@ -74,7 +75,10 @@ def agree_on_masks(backend: CpuBackend, agreed: dict[str, int], rejection: str =
 
     def done() -> bool:
         for rank in missing():  # of the others, the next message may be of their next agreement
-            message = backend.messenger.poll(rank, Purpose.CLEAN, 0, backend.timeout)
+            try:
+                message = backend.messenger.poll(rank, Purpose.CLEAN, 0, backend.timeout)
+            except PeersMissing:  # it began to come and never ended
+                continue
             if message is None:
                 continue
             ballots[rank] = Ballot.read(message)
@@ -91,15 +95,15 @@ def agree_on_masks(backend: CpuBackend, agreed: dict[str, int], rejection: str =
     ballots[backend.rank] = own
     backend.masked = {rank for ballot in ballots.values() for rank in ballot.masked} - {backend.rank}
     backend.epoch = max(ballot.epoch for ballot in ballots.values())
-    _forget_skipped(backend)
+    _drop_skipped(backend, ballots)
     _compare(dict(sorted(ballots.items())), backend.rank)
 
 
-def _forget_skipped(backend: CpuBackend) -> None:
-    """Drop what ranks that are back sent while they were masked: nobody ever received it."""
-    for rank, epoch in backend.skipped:
-        if rank not in backend.masked:
-            backend.messenger.forget([rank], Purpose.CALL, epoch)
+def _drop_skipped(backend: CpuBackend, ballots: dict[int, Ballot]) -> None:
+    """Drop what ranks that are back sent while they were masked: nobody received it, and it came before the ballot."""
+    for rank in ballots:
+        epochs = [epoch for skipped, epoch in backend.skipped if skipped == rank and epoch <= ballots[rank].epoch]
+        backend.messenger.drop_now(rank, Purpose.CALL, epochs)
     still_masked = [item for item in backend.skipped if item[0] in backend.masked]
     backend.skipped.clear()
     backend.skipped.extend(still_masked)
