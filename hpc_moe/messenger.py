@@ -148,20 +148,23 @@ class Messenger:
     def drop_now(self, rank: int, purpose: Purpose, counts: Iterable[int]) -> None:
         """Drop those of these messages that have come."""
         for count in counts:
-            started = self._start_receive(rank, self._tag(purpose, count))
-            if started is not None:
-                self._under_way.append((rank, self.sent, *started))
+            self._drop(rank, self._tag(purpose, count))
+
+    def _drop(self, rank: int, tag: int) -> bool:
+        """Receive a message for nobody; returns whether it had come."""
+        started = self._start_receive(rank, tag)
+        if started is not None:
+            self._under_way.append((rank, self.sent, *started))
+        return started is not None
 
     def reap(self) -> None:
         """Let go of messages that MPI is done with."""
         self._under_way = [item for item in self._under_way if not item[2].Test()]
 
     def _drop_unwanted(self) -> None:
-        for rank, tag in tuple(self._unwanted):
-            started = self._start_receive(rank, tag)
-            if started is not None:
-                self._under_way.append((rank, self.sent, *started))
-                self._unwanted.remove((rank, tag))
+        for item in tuple(self._unwanted):
+            if self._drop(*item):
+                self._unwanted.remove(item)
 
     def finish(self, limit: float, ranks: Iterable[int], since: int = 0) -> tuple[int, ...]:
         """Wait until MPI is done with the messages to and from `ranks`, from message number `since` on.
