@@ -8,12 +8,19 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/addresses.h"
 #include "cpu/convert.h"
 #include "cpu/layout.h"
 #include "cpu/packet.h"
 #include "cpu/reduce.h"
 #include "cpu/rows.h"
 #include "cpu/runtime.h"
+#ifdef HPC_MOE_CUDA
+#include "cuda/bindings.h"
+#endif
+#ifdef HPC_MOE_NVSHMEM
+#include <non_abi/nvshmem_version.h>
+#endif
 
 namespace py = pybind11;
 
@@ -21,24 +28,6 @@ namespace hpc_moe {
 namespace {
 
 using ReleaseGil = py::call_guard<py::gil_scoped_release>;
-
-template <typename T>
-T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-// A read-write property for a pointer member, seen from Python as an address (0: null).
-template <typename Class, typename T>
-void def_address(py::class_<Class>& type, const char* name, T* Class::* member) {
-    type.def_property(
-        name, [member](const Class& self) { return reinterpret_cast<uintptr_t>(self.*member); },
-        [member](Class& self, uintptr_t address) { self.*member = at<T>(address); });
-}
-
-template <size_t N>
-py::bytes to_bytes(const std::array<uint8_t, N>& array) {
-    return py::bytes(reinterpret_cast<const char*>(array.data()), N);
-}
 
 // A packet that lies at `base`, as its writer left it.
 Packet packet_at(const PacketShape& shape, uintptr_t base) {
@@ -283,6 +272,8 @@ void bind_runtime(py::module_& module) {
             },
             py::arg("device_ids"), py::arg("ipc_handles"), py::arg("root_unique_id"))
         .def("is_available", &CpuRuntime::is_available)
+        .def(
+            "check_peers", [](const CpuRuntime&, const py::list&) {}, py::arg("uuids"))
         .def("destroy", &CpuRuntime::destroy)
         .def_property_readonly("num_threads", &CpuRuntime::num_threads)
         .def_property_readonly("slot_bytes", &CpuRuntime::slot_bytes)
@@ -313,6 +304,16 @@ void bind_runtime(py::module_& module) {
         py::arg("view"), py::arg("num_topk"), py::arg("first_expert"), py::arg("num_local_experts"), py::arg("counts"));
 }
 
+// The version of the NVSHMEM headers that this was built with, empty without any.
+std::string nvshmem_build_version() {
+#ifdef HPC_MOE_NVSHMEM
+    return std::to_string(NVSHMEM_VENDOR_MAJOR_VERSION) + "." + std::to_string(NVSHMEM_VENDOR_MINOR_VERSION) + "." +
+           std::to_string(NVSHMEM_VENDOR_PATCH_VERSION);
+#else
+    return "";
+#endif
+}
+
 }  // namespace
 }  // namespace hpc_moe
 
@@ -322,5 +323,10 @@ PYBIND11_MODULE(_C, module) {
     hpc_moe::bind_reduce(module);
     hpc_moe::bind_convert(module);
     hpc_moe::bind_runtime(module);
+#ifdef HPC_MOE_CUDA
+    hpc_moe::cuda::bind_cuda(module);
+#endif
     module.attr("__version__") = HPC_MOE_VERSION;
+    module.attr("cuda_archs") = HPC_MOE_CUDA_ARCHS;
+    module.attr("nvshmem_build_version") = hpc_moe::nvshmem_build_version();
 }

@@ -1,8 +1,11 @@
 """Types of the C++ core. Addresses are of memory that the caller keeps alive; 0 stands for null."""
 
 from collections.abc import Sequence
+from typing import Any
 
 __version__: str
+cuda_archs: str  # what the CUDA kernels were compiled for, e.g. "80;90"; "" without CUDA
+nvshmem_build_version: str  # of the headers, e.g. "3.4.5"; "" without NVSHMEM
 
 class PacketShape:
     row_bytes: int
@@ -143,6 +146,7 @@ class CpuRuntime:
     def get_num_rdma_ranks(self) -> int: ...
     def get_rdma_rank(self) -> int: ...
     def get_root_rdma_rank(self) -> int: ...
+    def check_peers(self, uuids: Sequence[bytes]) -> None: ...
     def get_local_nvshmem_unique_id(self) -> bytes: ...
     def sync(self, device_ids: Sequence[int], ipc_handles: Sequence[bytes], root_unique_id: bytes) -> None: ...
     def is_available(self) -> bool: ...
@@ -192,3 +196,156 @@ class CpuRuntime:
         self, shape: PacketShape, base: int, bit: int, target_shape: PacketShape, target: int
     ) -> None: ...
     def write_rows(self, shape: PacketShape, view: RowView, base: int) -> int: ...
+
+# --- only in builds with CUDA
+
+CUDA_MAX_RANKS: int
+CUDA_MAX_TOP_K: int
+CUDA_MAX_LOCAL_EXPERTS: int
+is_stress_build: bool
+
+def layout_num_chunks(num_tokens: int) -> int: ...
+
+class LayoutParams:
+    num_tokens: int
+    num_experts: int
+    top_k: int
+    report: bool
+    topk_idx: int
+    given_in_rank: int
+    given_per_rank: int
+    given_per_expert: int
+    in_rank: int
+    send_position: int
+    expert_position: int
+    per_rank: int
+    per_expert: int
+    chunk_counts: int
+    def __init__(self) -> None: ...
+
+class ExchangeParams:
+    num_local_experts: int
+    expert_alignment: int
+    grouped: bool
+    values_matter: bool
+    per_rank: int
+    per_expert: int
+    rank_prefix_matrix: int
+    recv_rank_prefix_sum: int
+    aligned_per_expert: int
+    expert_ranges: int
+    source_begin: int
+    def __init__(self) -> None: ...
+
+class DispatchParams:
+    num_tokens: int
+    row_bytes: int
+    num_scales: int
+    top_k: int
+    experts_per_rank: int
+    num_rows: int
+    has_topk_index: bool
+    has_topk_weights: bool
+    grouped: bool
+    cached: bool
+    marks_unused: bool
+    x: int
+    x_stride: int
+    scales: int
+    scale_token_stride: int
+    scale_channel_stride: int
+    topk_index: int
+    topk_weights: int
+    send_position: int
+    expert_position: int
+    rank_prefix_matrix: int
+    source_begin: int
+    expert_ranges: int
+    recv_rows: int
+    recv_scales: int
+    recv_topk_index: int
+    recv_topk_weights: int
+    recv_source_index: int
+    grouped_rows: int
+    def __init__(self) -> None: ...
+
+class CombineParams:
+    num_tokens: int
+    row_bytes: int
+    top_k: int
+    has_weights: bool
+    grouped: bool
+    x: int
+    x_stride: int
+    topk_weights: int
+    recv_source_index: int
+    grouped_rows: int
+    rank_prefix_matrix: int
+    send_position: int
+    combined: int
+    combined_weights: int
+    def __init__(self) -> None: ...
+    def set_bias(self, index: int, address: int) -> None: ...
+
+class Window:
+    @property
+    def address(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+class CudaRuntime:
+    def __init__(
+        self,
+        rank: int,
+        num_ranks: int,
+        device: int,
+        window_bytes: int,
+        timeout: float,
+        shares_gpu: bool,
+        bulk_copies: bool,
+        stress_seed: int = 0,
+        mutation: int = 0,
+    ) -> None: ...
+    def get_local_device_id(self) -> int: ...
+    def get_local_device_uuid(self) -> bytes: ...
+    def get_local_ipc_handle(self) -> bytes: ...
+    def get_num_rdma_ranks(self) -> int: ...
+    def get_rdma_rank(self) -> int: ...
+    def get_root_rdma_rank(self) -> int: ...
+    def check_peers(self, uuids: Sequence[bytes]) -> None: ...
+    def get_local_nvshmem_unique_id(self) -> bytes: ...
+    def sync(self, device_ids: Sequence[int], ipc_handles: Sequence[bytes], root_unique_id: bytes) -> None: ...
+    def is_available(self) -> bool: ...
+    def close_peers(self) -> None: ...
+    def free(self) -> None: ...
+    def destroy(self) -> None: ...
+    def abandon(self) -> None: ...
+    @property
+    def window(self) -> Window: ...
+    @property
+    def control_bytes(self) -> int: ...
+    @property
+    def pool_offset(self) -> int: ...
+    @property
+    def pool_bytes(self) -> int: ...
+    def num_slots(self, row_bytes: int, num_scales: int, top_k: int) -> int: ...
+    def launch_layout(self, params: LayoutParams, stream: int) -> None: ...
+    def launch_exchange(
+        self, params: ExchangeParams, agreed: Sequence[int], num_tokens: int, capacity: int, stream: int
+    ) -> int: ...
+    def wait_for_exchange(self, number: int, stream: int) -> int: ...
+    def launch_dispatch(
+        self,
+        params: DispatchParams,
+        agreed: Sequence[int],
+        landing: Sequence[int],
+        behind_exchange: bool,
+        num_blocks: int,
+        stream: int,
+    ) -> None: ...
+    def launch_combine(self, params: CombineParams, agreed: Sequence[int], num_blocks: int, stream: int) -> None: ...
+    def launch_reject(self, operation: int, text: str, stream: int) -> None: ...
+    def has_error(self) -> bool: ...
+    def take_error(self, num_ranks: int) -> dict[str, Any] | None: ...
+    def exchanged_counts(self, num_local_experts: int) -> tuple[int, list[int]]: ...
+    def passes(self, operation: int) -> tuple[int, int]: ...

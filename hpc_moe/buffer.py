@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 import torch
 from mpi4py import MPI
 
-from . import checks
-from ._backends.cpu import CpuBackend
+from . import _C, checks
+from ._backends import Backend, make_backend
+from ._backends.requests import StreamArguments
 from .bootstrap import Group, agree, find_topology
 from .config import Config, low_latency_staging_bytes
 from .errors import ArgumentError, Error, PeerTimeoutError, UnavailableError
@@ -95,7 +96,7 @@ class Buffer:
             PeerTimeoutError: a rank did not take part within `timeout`.
             UnavailableError: `device` is CUDA and this build has no CUDA runtime.
         """
-        self._backend: CpuBackend | None = None
+        self._backend: Backend | None = None
         checks.communicator(comm)
         # Of a wrong timeout the others must still be told.
         group = Group(comm, timeout if checks.is_timeout(timeout) else 100.0)
@@ -119,9 +120,11 @@ class Buffer:
             topology = find_topology(group, checked["ranks_per_node"])
             num_nvl_bytes = checked["num_nvl_bytes"]
             num_rdma_bytes = checks.rdma_bytes(num_nvl_bytes, checked["num_rdma_bytes"], topology.num_nodes)
-            self._backend = CpuBackend(
+            self._backend = make_backend(
                 group,
                 topology,
+                kind=checked["device"],
+                device=device,
                 num_nvl_bytes=num_nvl_bytes,
                 num_rdma_bytes=num_rdma_bytes,
                 low_latency_mode=low_latency_mode,
@@ -180,18 +183,26 @@ class Buffer:
             )
 
     def check(self) -> None:
-        """Raise what is known to be wrong with the buffer. (On CUDA this synchronises.)
+        """Raise what is wrong with the buffer. On CUDA this waits for the GPU.
 
         Raises:
-            UnavailableError: it was destroyed, or is broken since a timeout.
+            ArgumentError: in an earlier call that did not wait for the GPU, a rank (this one or another) passed
+                something wrong. The buffer works on.
+            PeerTimeoutError: an earlier call waited too long for a peer.
+            UnavailableError: the buffer was destroyed, or is broken since a timeout.
         """
-        self._usable("check")
+        with self._running("check") as backend:
+            backend.check(wait=True)
 
     def stats(self) -> dict[str, dict[str, Any]]:
-        """What the buffer did so far, per operation: `calls`, `passes`, `last_passes`, `seconds`, `wait_seconds`."""
+        """What the buffer did so far, per operation: `calls`, `passes`, `last_passes`, `seconds`, `wait_seconds`.
+
+        On CUDA, where this waits for the GPU, seconds are those of the CPU, and `pooled` counts the calls whose results
+        lie in the window's pool.
+        """
         return self._usable("stats").stats()
 
-    def _usable(self, name: str) -> CpuBackend:
+    def _usable(self, name: str) -> Backend:
         if self._backend is None:
             raise UnavailableError(f"Buffer.{name}: the buffer was destroyed")
         try:
@@ -201,7 +212,7 @@ class Buffer:
         return self._backend
 
     @contextlib.contextmanager
-    def _running(self, name: str) -> Iterator[CpuBackend]:
+    def _running(self, name: str) -> Iterator[Backend]:
         """A collective call under way: what goes wrong now, but for what all ranks agree on, leaves it half done."""
         backend = self._usable(name)
         try:
@@ -215,7 +226,7 @@ class Buffer:
             raise
 
     @contextlib.contextmanager
-    def _or_reject(self, name: str, cleaning: bool = False) -> Iterator[CpuBackend]:
+    def _or_reject(self, name: str, cleaning: bool = False) -> Iterator[Backend]:
         """The checks of a collective call: whatever they raise is told to the peers, which raise too."""
         backend = self._usable(name)
         try:
@@ -257,7 +268,8 @@ class Buffer:
             num_tokens_per_expert [E] int32, is_token_in_rank [T, R] bool, event)`.
 
         Raises:
-            ArgumentError: an argument is wrong.
+            ArgumentError: an argument is wrong. (What is wrong with indices on a GPU is raised by the next call or by
+                `check`; such an index counts as -1.)
             UnavailableError: the buffer is destroyed or broken.
         """
         name = "get_dispatch_layout"
@@ -265,13 +277,15 @@ class Buffer:
         with _naming(name):
             checks.stream_arguments(previous_event, async_finish, allocate_on_comm_stream)
             idx = checks.topk_indices(self._facts, topk_idx)
-            layout = backend.layout(idx, checks.expert_count("num_experts", num_experts, self.group_size))
+            experts = checks.expert_count("num_experts", num_experts, self.group_size)
+            streams = StreamArguments(previous_event, async_finish, allocate_on_comm_stream)
+            layout, event = backend.get_layout(idx, experts, streams)
         return (
             layout.num_tokens_per_rank,
             layout.num_tokens_per_rdma_rank,
             layout.num_tokens_per_expert,
             layout.is_token_in_rank,
-            EventOverlap(),
+            event,
         )
 
     def dispatch(
@@ -353,12 +367,13 @@ class Buffer:
                 num_experts,
                 expert_layout,
             )
+            request.streams = self._stream_arguments(config, previous_event, async_finish, allocate_on_comm_stream)
             backend.check_normal(request)
         with self._running(name):
             result = backend.dispatch(request)
         recv_x = result.recv_x if result.recv_scales is None else (result.recv_x, result.recv_scales)
         if result.handle is None:
-            return recv_x, None, None, None, None, EventOverlap()
+            return recv_x, None, None, None, None, result.event
         result.handle._owner = self
         return (
             recv_x,
@@ -366,7 +381,7 @@ class Buffer:
             result.recv_topk_weights,
             result.num_recv_tokens_per_expert,
             result.handle,
-            EventOverlap(),
+            result.event,
         )
 
     def combine(
@@ -407,10 +422,21 @@ class Buffer:
         with self._or_reject(name) as backend:
             self._check_normal_call(config, previous_event, async_finish, allocate_on_comm_stream)
             request = checks.combine_request(self._facts, x, handle, topk_weights, bias)
+            request.streams = self._stream_arguments(config, previous_event, async_finish, allocate_on_comm_stream)
             backend.check_normal(request)
         with self._running(name):
-            combined, weights = backend.combine(request)
-        return combined, weights, EventOverlap()
+            result = backend.combine(request)
+        return result.combined_x, result.combined_topk_weights, result.event
+
+    @staticmethod
+    def _stream_arguments(
+        config: Config | None,
+        previous_event: EventOverlap | None,
+        async_finish: bool,
+        allocate_on_comm_stream: bool,
+    ) -> StreamArguments:
+        num_sms = Buffer.num_sms if config is None else config.num_sms
+        return StreamArguments(previous_event, async_finish, allocate_on_comm_stream, num_sms)
 
     def _check_normal_call(
         self, config: Any, previous_event: Any, async_finish: Any, allocate_on_comm_stream: Any
@@ -670,7 +696,7 @@ class Buffer:
         for rank in tuple(backend.masked):
             backend.set_mask(rank, False)
 
-    def _shrinkable(self, name: str) -> CpuBackend:
+    def _shrinkable(self, name: str) -> Backend:
         backend = self._usable(name)
         with _naming(name):
             self._check_low_latency_mode()
@@ -693,9 +719,8 @@ class Buffer:
     # --- the rest ----------------------------------------------------------------------------------------------------
 
     def get_comm_stream(self) -> Any:
-        """The stream that communication runs on (on CPU, torch's only one)."""
-        self._usable("get_comm_stream")
-        return torch.cpu.current_stream()
+        """The `torch.cuda.Stream` that communication runs on (on CPU, torch's only stream)."""
+        return self._usable("get_comm_stream").comm_stream
 
     def get_local_buffer_tensor(
         self, dtype: torch.dtype, size: Sequence[int] | None = None, offset: int = 0, use_rdma_buffer: bool = False
@@ -734,7 +759,11 @@ class Buffer:
     @staticmethod
     def capture() -> EventOverlap:
         """An event that is reached when the current stream has done what it was given so far."""
-        return EventOverlap()
+        if not torch.cuda.is_initialized():
+            return EventOverlap()
+        event = torch.cuda.Event()
+        event.record()
+        return EventOverlap(event)
 
     @staticmethod
     def set_num_sms(num_sms: int) -> None:
@@ -774,7 +803,7 @@ class Buffer:
     @staticmethod
     def is_sm90_compiled() -> bool:
         """Whether this build has CUDA kernels for sm_90."""
-        return False
+        return "90" in getattr(_C, "cuda_archs", "").split(";")
 
 
 def _default_config(name: str, num_ranks: int) -> Config:

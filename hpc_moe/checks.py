@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
+from . import _C
 from ._backends.requests import (
     CombineRequest,
     DispatchRequest,
@@ -184,15 +185,19 @@ def rdma_bytes(num_nvl_bytes: int, num_rdma_bytes: int, num_nodes: int) -> int:
 
 
 def _device_kind(device: Any) -> str:
-    """`"cpu"`; ranks must agree on the kind, not on the index."""
+    """`"cpu"`, `"cuda"`, or `""` where the library chooses; ranks must agree on the kind, not on the index."""
+    if device is None:
+        return ""
     try:
-        kind = "cpu" if device is None else torch.device(device).type
+        kind = torch.device(device).type
     except (RuntimeError, TypeError):
-        kind = ""
+        kind = "none"
     if kind not in ("cpu", "cuda"):
         raise ArgumentError(f"device must be 'cpu', 'cuda', 'cuda:<index>' or None; got {device!r}")
-    if kind == "cuda":
-        raise UnavailableError("device='cuda': this build of hpc_moe has no CUDA runtime; use device='cpu'")
+    if kind == "cuda" and not hasattr(_C, "CudaRuntime"):
+        raise UnavailableError(
+            "device='cuda': this build of hpc_moe has no CUDA runtime; build it where nvcc is, or use device='cpu'"
+        )
     return kind
 
 
@@ -288,7 +293,12 @@ def dispatch_request(
         raise ArgumentError(f"{what} needs topk_idx")
     weights = None if topk_weights is None or idx is None else weights_like(facts, topk_weights, idx)
     layout = _layout(facts, idx, given_layout, num_tokens, num_experts)
-    return DispatchRequest(tokens, scales, idx, weights, layout, None, alignment, worst, expert_layout == "grouped")
+    if layout is None:
+        experts = expert_count("num_experts", num_experts, facts.num_ranks)
+    else:
+        experts = len(layout.num_tokens_per_expert)
+    grouped = expert_layout == "grouped"
+    return DispatchRequest(tokens, scales, idx, weights, layout, None, alignment, worst, grouped, experts)
 
 
 def _cached_dispatch(
@@ -319,18 +329,20 @@ def _cached_dispatch(
         if value not in allowed:
             raise ArgumentError(f"{name} must be the handle's, {allowed[1]!r}, or left out; got {value!r}")
     grouped = handle.expert_layout == "grouped"
-    return DispatchRequest(tokens, scales, None, None, None, handle, 1, handle.num_rows, grouped)
+    return DispatchRequest(tokens, scales, None, None, None, handle, 1, handle.num_rows, grouped, handle.num_experts)
 
 
 def _layout(
     facts: BufferFacts, idx: torch.Tensor | None, given: dict[str, Any], num_tokens: int, num_experts: Any
-) -> Layout:
-    """The layout that the caller gave, checked, or else one computed from the indices."""
+) -> Layout | None:
+    """The layout that the caller gave, checked, or else one computed from the indices (None where a GPU does that)."""
     if all(value is None for value in given.values()):
         if idx is None:
             raise ArgumentError("topk_idx and num_experts, or the layout, or a handle must be given; got none of them")
         if num_experts is None:
             raise ArgumentError("num_experts must be given where the layout arguments are omitted")
+        if facts.device.type == "cuda":
+            return None
         computed: Layout = facts.layout(idx, expert_count("num_experts", num_experts, facts.num_ranks))
         return computed
     num_nodes = len(facts.ranks_of_node)
@@ -350,6 +362,8 @@ def _layout(
     experts = expert_count("num_tokens_per_expert: num_experts", len(per_expert), ranks)
     if num_experts not in (None, experts):
         raise ArgumentError(f"num_experts must be the length of num_tokens_per_expert, {experts}; got {num_experts!r}")
+    if facts.device.type == "cuda":  # values are compared there
+        return Layout(per_rank.contiguous(), per_node, per_expert.contiguous(), in_rank.contiguous())
     # A copy of the flags, because the handle keeps them: the caller may change its own.
     layout = Layout(per_rank.contiguous(), per_node, per_expert.contiguous(), in_rank.clone().contiguous())
     _compare_layout(facts, layout, None if idx is None else facts.layout(idx, experts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 
 import torch
@@ -20,11 +21,18 @@ class EventOverlap:
         use(recv_x)               # the current stream has waited
     """
 
-    def __init__(self, event: torch.Event | None = None) -> None:
+    def __init__(self, event: torch.Event | None = None, check: Callable[[], None] | None = None) -> None:
         self.event = event
+        self._check = check  # raises what is already known to have gone wrong with the call
 
     def current_stream_wait(self) -> None:
-        """Make the current stream wait for the event. Does not block the CPU."""
+        """Make the current stream wait for the event. Does not block the CPU.
+
+        Raises:
+            PeerTimeoutError: the call is already known to have waited too long for a peer.
+        """
+        if self._check is not None:
+            self._check()
         if self.event is not None:
             self.event.wait()
 

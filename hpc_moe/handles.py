@@ -25,7 +25,6 @@ class DispatchHandle:
             `num_worst_tokens`).
         is_token_in_rank: `[T, R] bool`; where this rank's tokens went.
         num_tokens: T.
-        num_recv_tokens: N_recv, rows received (without the padding of either layout).
         top_k: K, 0 if the dispatch had no `topk_idx`.
         num_experts: E.
         expert_layout: `"token"` or `"grouped"`.
@@ -42,7 +41,6 @@ class DispatchHandle:
     recv_src_idx: torch.Tensor
     is_token_in_rank: torch.Tensor
     num_tokens: int
-    num_recv_tokens: int
     top_k: int
     num_experts: int
     expert_layout: str
@@ -52,8 +50,19 @@ class DispatchHandle:
     expert_alignment: int
     _owner: object = field(repr=False, default=None)  # the buffer that made it
     _epoch: int = field(repr=False, default=0)  # equal on all ranks of one dispatch
+    _num_recv_tokens: int | None = field(repr=False, default=None)  # None: not known on the CPU
     _group_sizes: list[int] = field(repr=False, default_factory=list)  # [L], rows without padding
     _backend_state: Any = field(repr=False, default=None)
+
+    @property
+    def num_recv_tokens(self) -> int:
+        """N_recv, tokens received (without the padding of either layout).
+
+        On CUDA, after a dispatch with `num_worst_tokens`, the first reading waits for the GPU.
+        """
+        if self._num_recv_tokens is None:
+            self._num_recv_tokens = int(self.recv_rank_prefix_sum[-1])
+        return self._num_recv_tokens
 
     def __getitem__(self, index: int) -> torch.Tensor:
         if index == 0:

@@ -1,1 +1,36 @@
-"""Backends: what runs the calls. `requests.py` says what they get; each backend is a package or module of its own."""
+"""Backends: what runs the calls. `requests.py` says what they get, `base.py` what they do; each is a package.
+
+`make_backend` chooses one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..bootstrap import Group, Topology
+from .base import Backend
+
+__all__ = ["Backend", "make_backend"]
+
+
+def make_backend(group: Group, topology: Topology, *, kind: str, device: str | None, **arguments: Any) -> Backend:
+    """Construct the backend for this kind of device. Collective.
+
+    Args:
+        group: the buffer's ranks.
+        topology: where they are.
+        kind: `"cpu"`, `"cuda"`, or empty: CUDA if all ranks can have it, else CPU. Equal on all ranks.
+        device: as `Buffer` was given it; its index may differ between ranks.
+        arguments: of the backend.
+    """
+    if kind == "":
+        from .cuda.device import can_all_use_cuda
+
+        kind = "cuda" if can_all_use_cuda(group, topology, bool(arguments["low_latency_mode"])) else "cpu"
+    if kind == "cuda":
+        from .cuda import CudaBackend
+
+        return CudaBackend(group, topology, device=device, **arguments)
+    from .cpu import CpuBackend
+
+    return CpuBackend(group, topology, **arguments)

@@ -5,17 +5,40 @@ Letters: T tokens of this rank, H hidden, K top-k, R ranks, N nodes, E experts, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from ..events import EventOverlap
 from ..handles import DispatchHandle, LowLatencyHandle
+
+# Order matters: what ranks tell each other carries the index.
+OPERATIONS = ("dispatch", "combine", "low_latency_dispatch", "low_latency_combine", "clean_low_latency_buffer")
+
+
+@dataclass(frozen=True)
+class StreamArguments:
+    """When a call runs, and who waits for it. Without streams (on CPU) all of it means nothing.
+
+    Attributes:
+        previous_event: run after this event; None: after the work that the current stream has been given.
+        async_finish: do not make the current stream wait.
+        allocate_on_comm_stream: allocate the results on the communication stream.
+        num_sms: streaming multiprocessors that the call may use.
+    """
+
+    previous_event: EventOverlap | None = None
+    async_finish: bool = False
+    allocate_on_comm_stream: bool = False
+    num_sms: int = 20
 
 
 @dataclass
 class Layout:
     """Counts and flags that say which token goes where, of this rank's tokens.
+
+    Where values lie on a GPU, a request's layout is what the caller gave, still to be compared with the indices.
 
     Attributes:
         num_tokens_per_rank: `[R] int32`.
@@ -32,7 +55,10 @@ class Layout:
 
 @dataclass
 class DispatchRequest:
-    """A `dispatch`; `layout` and the top-k tensors are None in a cached one, which has a `handle`."""
+    """A `dispatch`; `layout` and the top-k tensors are None in a cached one, which has a `handle`.
+
+    On CUDA `layout` is None, too, where the caller gave none: it is computed in the call.
+    """
 
     x: torch.Tensor  # [T, H] bf16 or e4m3
     scales: torch.Tensor | None  # [T, H/128] float32 or [T, H/512] int32
@@ -43,6 +69,8 @@ class DispatchRequest:
     expert_alignment: int
     num_worst_tokens: int
     grouped: bool
+    num_experts: int
+    streams: StreamArguments = StreamArguments()
 
     @property
     def is_token_in_rank(self) -> torch.Tensor:
@@ -56,17 +84,17 @@ class DispatchRequest:
         """What must be equal on all ranks."""
         cached = self.handle is not None
         top_k = self.handle.top_k if self.handle else (0 if self.topk_idx is None else self.topk_idx.shape[1])
-        num_experts = self.handle.num_experts if self.handle else len(self.layout.num_tokens_per_expert)  # type: ignore[union-attr]
         return {
             "handle": self.handle._epoch if self.handle else 0,
             "hidden": self.x.shape[1],
             "bytes per channel of x": self.x.element_size(),
             "scales per token": 0 if self.scales is None else self.scales.shape[1],
             "top_k": top_k,
-            "num_experts": num_experts,
+            "num_experts": self.num_experts,
             "whether topk_weights are given": int(self.topk_weights is not None),
             "whether expert_layout is grouped": int(self.grouped),
             "expert_alignment": 1 if cached else self.expert_alignment,
+            "whether num_worst_tokens is given": int(self.num_worst_tokens > 0 and not cached),
         }
 
 
@@ -78,6 +106,7 @@ class CombineRequest:
     handle: DispatchHandle
     topk_weights: torch.Tensor | None  # [N_recv, K] float32, or one per row in the grouped layout; contiguous
     biases: list[torch.Tensor]  # each [T, H] bf16, contiguous
+    streams: StreamArguments = StreamArguments()
 
     def agreed(self) -> dict[str, int]:
         """What must be equal on all ranks."""
@@ -152,6 +181,16 @@ class DispatchResult:
     recv_topk_weights: torch.Tensor | None
     num_recv_tokens_per_expert: list[int]
     handle: DispatchHandle | None
+    event: EventOverlap = field(default_factory=EventOverlap)
+
+
+@dataclass
+class CombineResult:
+    """What a combine returns."""
+
+    combined_x: torch.Tensor
+    combined_topk_weights: torch.Tensor | None
+    event: EventOverlap = field(default_factory=EventOverlap)
 
 
 @dataclass

@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 import socket
+import subprocess
 import sys
 import textwrap
 import time
@@ -126,7 +127,11 @@ def collect(arguments: argparse.Namespace, mpi: Any, mpi_error: str) -> Facts:
         "cpu": extension is not None,
         "cpu_error": cpu_error,
         "cuda": hasattr(extension, "CudaRuntime"),
+        "cuda_archs": [arch for arch in getattr(extension, "cuda_archs", "").split(";") if arch],
         "gpu_driver": _read("/proc/driver/nvidia/version").splitlines()[:1],
+        "gpus": _gpus(),
+        "nvshmem_built": getattr(extension, "nvshmem_build_version", ""),
+        "nvshmem_installed": ".".join(map(str, nvshmem_env.installed_nvshmem_version() or ())),
         "nvshmem": _nvshmem_facts(arguments),
     }
 
@@ -152,6 +157,19 @@ def _nvshmem_facts(arguments: argparse.Namespace) -> Facts:
         "encoded": plan.encode().hex(),
         "table": nvshmem_env.render(plan, _columns() - 2),
     }
+
+
+def _gpus() -> list[Facts]:
+    """The GPUs that nvidia-smi shows to this rank: all of the machine, or those that its control group grants."""
+    command = ["nvidia-smi", "--query-gpu=index,uuid,compute_cap,name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    rows = [[cell.strip() for cell in line.split(",", 3)] for line in done.stdout.splitlines()]
+    if done.returncode or any(len(row) != 4 for row in rows):
+        return []
+    return [{"index": row[0], "uuid": row[1], "capability": row[2], "name": row[3]} for row in rows]
 
 
 def _import_mpi() -> tuple[Any, str]:
@@ -324,8 +342,6 @@ def find_problems(ranks: Sequence[Facts], missing: Sequence[int] = ()) -> list[F
         )
     for members in machines.values():
         findings += _machine_findings([facts for facts in ranks if facts["rank"] in members])
-    if first["gpu_driver"] and not first["cuda"]:
-        report("note", "there is an NVIDIA driver, but this build has only the CPU backend", "build where nvcc is")
     return findings
 
 
@@ -365,6 +381,7 @@ def _machine_findings(local: Sequence[Facts]) -> list[Finding]:
                 "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1",
             )
         )
+    findings += _gpu_findings(local)
     cores = {core for facts in local for core in facts["cores"]}
     limit = first["cpu_limit"]
     if limit is not None and limit < len(cores):
@@ -396,6 +413,45 @@ def _machine_findings(local: Sequence[Facts]) -> list[Finding]:
     return findings
 
 
+def _gpu_findings(local: Sequence[Facts]) -> list[Finding]:
+    """Findings about the GPUs of one machine, given the facts of its ranks."""
+    first, host = local[0], local[0]["host"]
+    gpus = {gpu["uuid"]: gpu for facts in local for gpu in facts["gpus"]}
+    if not gpus and not first["gpu_driver"]:
+        return []
+    if not first["cuda"]:
+        what = f"{host} has {'a GPU' if gpus else 'an NVIDIA driver'}, but this build has only the CPU backend"
+        remedy = "HPC_MOE_CUDA=1 pip install . with nvcc on PATH, or with CUDA_HOME set"
+        return [Finding("note", what, remedy)]
+    findings = []
+    for capability in sorted({gpu["capability"] for gpu in gpus.values()}):
+        if not any(_runs_on(arch, capability) for arch in first["cuda_archs"]):
+            what = (
+                f"{host} has GPUs of compute capability {capability}, and the CUDA backend is built for "
+                f"{', '.join(_shown(first['cuda_archs']))}"
+            )
+            major = capability.split(".")[0]
+            remedy = f"HPC_MOE_CUDA_ARCHS={major}0 pip install ." if major in ("8", "9", "10") else 'use device="cpu"'
+            findings.append(Finding("problem", what, remedy))
+    if gpus and first["versions"]["torch"].endswith("+cpu"):
+        what = f"{host} has GPUs, but its torch {first['versions']['torch']} is a build for CPUs"
+        findings.append(Finding("problem", what, "install a CUDA build of torch (https://pytorch.org)"))
+    if gpus and len(local) > len(gpus):
+        what = f"{len(local)} ranks on {host} have {len(gpus)} GPU{'s' * (len(gpus) > 1)}; on CUDA each needs its own"
+        findings.append(Finding("note", what, f'start {len(gpus)} there, or use device="cpu"'))
+    return findings
+
+
+def _runs_on(arch: str, capability: str) -> bool:
+    """Whether code compiled for `arch` ("80") runs on GPUs of this compute capability ("8.6")."""
+    major, _, minor = capability.partition(".")
+    return arch[:-1] == major and arch[-1:] <= minor
+
+
+def _shown(archs: Sequence[str]) -> list[str]:
+    return [f"sm_{arch}" for arch in archs]
+
+
 def _threads(facts: Facts, ranks: Sequence[Facts]) -> int:
     """OpenMP threads of a rank: as OMP_NUM_THREADS says, else its share of its cores."""
     wish: str = facts["omp_num_threads"].split(",")[0].strip()
@@ -416,6 +472,8 @@ def build_report(ranks: Sequence[Facts], missing: Sequence[int] = ()) -> dict[st
         "usable": not any(finding.severity == "problem" for finding in findings),
         "versions": first["versions"],
         "backends": {"cpu": first["cpu"], "cuda": first["cuda"]},
+        "cuda_archs": first["cuda_archs"],
+        "gpus": _gpus_by_host(ranks),
         "num_ranks": first["size"],
         "num_nodes": len(machines),
         "missing_ranks": list(missing),
@@ -430,9 +488,22 @@ def build_report(ranks: Sequence[Facts], missing: Sequence[int] = ()) -> dict[st
             }
             for facts in ranks
         ],
-        "nvshmem": {key: first["nvshmem"][key] for key in ("fabric", "settings", "warnings", "error")},
+        "nvshmem": {
+            "built": first["nvshmem_built"],
+            "installed": first["nvshmem_installed"],
+            **{key: first["nvshmem"][key] for key in ("fabric", "settings", "warnings", "error")},
+        },
         "findings": [asdict(finding) for finding in findings],
     }
+
+
+def _gpus_by_host(ranks: Sequence[Facts]) -> dict[str, list[Facts]]:
+    """The GPUs of each machine that has some, each GPU once."""
+    found: dict[str, dict[str, Facts]] = {}
+    for facts in ranks:
+        for gpu in facts["gpus"]:
+            found.setdefault(facts["host"], {})[gpu["uuid"]] = gpu
+    return {host: list(gpus.values()) for host, gpus in found.items()}
 
 
 def _finish(ranks: Sequence[Facts], missing: Sequence[int], arguments: argparse.Namespace) -> int:
@@ -463,7 +534,13 @@ def render(report: Mapping[str, Any], nvshmem_table: str, *, colour: bool = Fals
     lines = [paint("hpc_moe doctor", "1"), heading("Versions")]
     lines += [f"  {name:<8} {version or '-'}" for name, version in report["versions"].items()]
     lines += [heading("Backends")]
-    lines += [f"  {name:<8} {'yes' if built else 'not built'}" for name, built in report["backends"].items()]
+    kernels = f", for {', '.join(_shown(report['cuda_archs']))}"
+    for name, built in report["backends"].items():
+        lines += [f"  {name:<8} {'yes' if built else 'not built'}{kernels if built and name == 'cuda' else ''}"]
+    built, installed = (report["nvshmem"][key] or "none" for key in ("built", "installed"))
+    lines += [f"  {'nvshmem':<8} built with {built}, installed here {installed}"]
+    lines += [heading("GPUs")]
+    lines += _gpu_lines(report["gpus"]) or ["  none seen (by nvidia-smi)"]
     ranks, nodes = report["num_ranks"], report["num_nodes"]
     lines += [heading(f"{ranks} rank{'s' * (ranks != 1)} on {nodes} node{'s' * (nodes != 1)}")]
     lines += _rank_table(report["ranks"])
@@ -478,6 +555,17 @@ def render(report: Mapping[str, Any], nvshmem_table: str, *, colour: bool = Fals
         lines += [what[0].replace(mark.strip(), paint(mark.strip(), code), 1), *what[1:]]
         lines += block("remedy:  ", finding["remedy"], 2)
     return "\n".join(lines)
+
+
+def _gpu_lines(gpus: Mapping[str, Sequence[Facts]]) -> list[str]:
+    lines = []
+    for host, some in gpus.items():
+        kinds: dict[str, int] = {}
+        for gpu in some:
+            kind = f"{gpu['name']} (compute capability {gpu['capability']})"
+            kinds[kind] = kinds.get(kind, 0) + 1
+        lines += [f"  {host}  {number} x {kind}" for kind, number in kinds.items()]
+    return lines
 
 
 def _rank_table(ranks: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -110,7 +110,7 @@ class ReferenceBuffer:
             recv_src_idx=result.recv_src_idx,
             is_token_in_rank=routing.is_token_in_rank[self.rank],
             num_tokens=routing.is_token_in_rank[self.rank].shape[0],
-            num_recv_tokens=result.num_recv_tokens,
+            _num_recv_tokens=result.num_recv_tokens,
             top_k=0 if topk_idx is None else topk_idx.shape[1],
             num_experts=routing.num_experts,
             expert_layout=expert_layout,

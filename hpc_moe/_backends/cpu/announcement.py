@@ -7,9 +7,6 @@ from dataclasses import dataclass
 
 from ...messenger import Bytes
 
-# Order matters: an announcement carries the index.
-OPERATIONS = ("dispatch", "combine", "low_latency_dispatch", "low_latency_combine", "clean_low_latency_buffer")
-
 _TEXT_BYTES = 384
 _FIELDS = 16
 _HEADER = struct.Struct(f"<hhi{_FIELDS}q{_TEXT_BYTES}s")

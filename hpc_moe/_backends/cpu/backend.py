@@ -27,19 +27,24 @@ from ...bootstrap import (
     physical_memory,
 )
 from ...errors import ArgumentError, PeerTimeoutError, UnavailableError
+from ...events import EventOverlap
 from ...handles import LowLatencyHandle
 from ...messenger import Bytes, PeersMissing, Purpose, keep_forever
+from ..addresses import address
+from ..base import Backend
 from ..requests import (
+    OPERATIONS,
     CombineRequest,
+    CombineResult,
     DispatchRequest,
     DispatchResult,
     Layout,
     LowLatencyCombineRequest,
     LowLatencyDispatchRequest,
     LowLatencyDispatchResult,
+    StreamArguments,
 )
-from .addresses import address
-from .announcement import HEADER_BYTES, OPERATIONS, Announcement
+from .announcement import HEADER_BYTES, Announcement
 from .combine import combine
 from .dispatch import dispatch
 from .low_latency import LowLatency
@@ -85,10 +90,11 @@ class Call:
         self.counter.seconds += seconds
 
 
-class CpuBackend:
+class CpuBackend(Backend):
     """The runtime on CPU tensors. Construction is collective and fails on all ranks or on none."""
 
     device = torch.device("cpu")
+    comm_stream = torch.cpu.current_stream()
 
     def __init__(
         self,
@@ -173,12 +179,18 @@ class CpuBackend:
             raise ArgumentError(f"topk_idx: {problem}")
         return layout
 
+    def get_layout(
+        self, topk_idx: torch.Tensor, num_experts: int, streams: StreamArguments
+    ) -> tuple[Layout, EventOverlap]:
+        """The layout, and an event that is already reached."""
+        return self.layout(topk_idx, num_experts), EventOverlap()
+
     def dispatch(self, request: DispatchRequest) -> DispatchResult:
         """Run a dispatch."""
         return dispatch(self, request)
 
-    def combine(self, request: CombineRequest) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run a combine; returns the sums and the summed weights."""
+    def combine(self, request: CombineRequest) -> CombineResult:
+        """Run a combine."""
         return combine(self, request)
 
     def check_normal(self, request: DispatchRequest | CombineRequest) -> None:
@@ -419,8 +431,8 @@ class CpuBackend:
 
     # --- the end -------------------------------------------------------------------------------------------------
 
-    def check(self) -> None:
-        """Raise what is known to be wrong.
+    def check(self, wait: bool = False) -> None:
+        """Raise what is known to be wrong. (There is nothing to wait for: calls end when they return.)
 
         Raises:
             UnavailableError: the buffer is broken.

@@ -18,8 +18,8 @@ import torch
 
 from ... import _C
 from ...messenger import Bytes, Purpose
-from ..requests import CombineRequest
-from .addresses import address, array_at
+from ..addresses import address, array_at
+from ..requests import CombineRequest, CombineResult
 from .dispatch import Forwarded
 from .passes import packet_shapes, plan_passes
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .backend import CpuBackend
 
 
-def combine(backend: CpuBackend, request: CombineRequest) -> tuple[torch.Tensor, torch.Tensor | None]:
+def combine(backend: CpuBackend, request: CombineRequest) -> CombineResult:
     """Sum every token's rows over the ranks it went to. Collective."""
     return _Combine(backend, request).run()
 
@@ -52,7 +52,7 @@ class _Combine:
         self.combined = torch.empty(num_tokens, self.hidden, dtype=torch.bfloat16)
         self.combined_weights = torch.empty(num_tokens, self.top_k) if self.has_weights else None
 
-    def run(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def run(self) -> CombineResult:
         begin = time.perf_counter()
         self.call = self.backend.start("combine", self.request.agreed())
         num_tokens = self.handle.num_tokens
@@ -77,7 +77,7 @@ class _Combine:
             self.backend.passes += 1
         self.backend.finish_sends(self.call)
         self.call.end_passes(num_passes, time.perf_counter() - begin)
-        return self.combined, self.combined_weights
+        return CombineResult(self.combined, self.combined_weights)
 
     def _weights_per_token(self) -> torch.Tensor | None:
         """`[N_recv, K]`: in the grouped layout, the rows' weights are put back into the columns that they came from."""

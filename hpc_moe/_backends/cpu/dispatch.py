@@ -21,8 +21,8 @@ from ... import _C
 from ...errors import ArgumentError, Error
 from ...handles import DispatchHandle
 from ...messenger import Bytes, Purpose
+from ..addresses import address, array_at
 from ..requests import DispatchRequest, DispatchResult
-from .addresses import address, array_at
 from .announcement import HEADER_BYTES
 from .passes import packet_shapes, plan_passes
 
@@ -175,7 +175,6 @@ class _Dispatch:
             ),
             is_token_in_rank=self.request.layout.is_token_in_rank,
             num_tokens=self.num_tokens,
-            num_recv_tokens=num_recv,
             top_k=self.top_k,
             num_experts=counts.per_expert.shape[1],
             expert_layout="grouped" if self.request.grouped else "token",
@@ -184,6 +183,7 @@ class _Dispatch:
             num_rows=self.request.num_worst_tokens or num_rows,
             expert_alignment=self.request.expert_alignment,
             _epoch=self.call.epoch,
+            _num_recv_tokens=num_recv,
         )
 
     def _local_experts(self, num_experts: int) -> slice:

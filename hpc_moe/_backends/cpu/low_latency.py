@@ -22,8 +22,8 @@ from ... import _C
 from ...errors import ArgumentError, Error
 from ...handles import LowLatencyHandle
 from ...messenger import Bytes
+from ..addresses import address
 from ..requests import LowLatencyCombineRequest, LowLatencyDispatchRequest, LowLatencyDispatchResult
-from .addresses import address
 from .announcement import HEADER_BYTES
 
 if TYPE_CHECKING:
