@@ -1,9 +1,10 @@
 """Builds the extension `hpc_moe._C` with CMake. Everything else about the package is in pyproject.toml.
 
 Needs a C++17 compiler with OpenMP, the Python headers, CMake and Ninja or make; neither torch nor MPI. What is missing
-is named together with its remedy before CMake starts. Environment variables:
+is named together with its remedy before CMake starts. Where there is nvcc, the CUDA backend is built, too:
+tools/cuda_build.py decides that, and says which variables steer it. Further environment variables:
 
-    CXX                      the C++ compiler
+    CXX                      the C++ compiler, also for nvcc unless CUDAHOSTCXX names another
     HPC_MOE_CMAKE_ARGS       further arguments for CMake, e.g. "-DHPC_MOE_WERROR=ON"
     HPC_MOE_BUILD_JOBS       compile jobs at a time (default: the cores available)
     HPC_MOE_PYTHON_INCLUDE   the folder of Python.h, where it is not this Python's own
@@ -24,6 +25,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tools"))
+import cuda_build  # noqa: E402  (an isolated build does not see this folder by itself)
 
 
 def fail(problem: str, remedy: str) -> SystemExit:
@@ -90,6 +93,14 @@ def pybind11_dir() -> str:
     return str(pybind11.get_cmake_dir())
 
 
+def plan_cuda() -> cuda_build.Plan:
+    """Whether and how the CUDA backend is built."""
+    try:
+        return cuda_build.plan(os.environ)
+    except cuda_build.BuildError as error:
+        raise fail(error.problem, error.remedy) from error
+
+
 class CMakeBuild(build_ext):
     """Configures and builds with CMake; the build folder is kept, so that a second build compiles what changed."""
 
@@ -99,6 +110,7 @@ class CMakeBuild(build_ext):
         folder = Path(self.build_temp).resolve() / "cmake"
         cxx = find_cxx()
         include = python_include()
+        cuda = plan_cuda()
         flags = [*shlex.split(cxx)[1:], os.environ.get("CXXFLAGS", "")]
         if os.environ.get("HPC_MOE_PYTHON_INCLUDE"):
             flags.append(f"-I{include.parent}")  # Debian's Python.h includes a file by its path from there
@@ -112,11 +124,13 @@ class CMakeBuild(build_ext):
             f"-DPython_INCLUDE_DIR={include}",
             f"-Dpybind11_DIR={pybind11_dir()}",
             f"-DHPC_MOE_VERSION={self.distribution.get_version()}",
+            *cuda.cmake_args(),
             *shlex.split(os.environ.get("HPC_MOE_CMAKE_ARGS", "")),
         ]  # fmt: skip
         self._forget_other_configuration(folder, configure)
         jobs = os.environ.get("HPC_MOE_BUILD_JOBS") or str(len(os.sched_getaffinity(0)))
         self._run(configure)
+        print(cuda, flush=True)
         (folder / "configured-as.txt").write_text("\n".join(configure))
         self._run([configure[0], "--build", str(folder), "--parallel", jobs])
         built = list(folder.glob("_C*.so"))
@@ -140,7 +154,8 @@ class CMakeBuild(build_ext):
         except subprocess.CalledProcessError as error:
             raise fail(
                 f"{command[0]} ended with status {error.returncode}.",
-                "see its messages above; with pip, add -v to see them.",
+                "see its messages above; with pip, add -v to see them. Where it is about CUDA: HPC_MOE_CUDA=0 builds "
+                "without, CUDACXX names another nvcc, CUDAHOSTCXX another C++ compiler for it.",
             ) from error
 
 

@@ -47,7 +47,11 @@ def healthy(rank: int = 0, size: int = 1, **changes: Any) -> doctor.Facts:
         "cpu": True,
         "cpu_error": "",
         "cuda": False,
+        "cuda_archs": [],
         "gpu_driver": [],
+        "gpus": [],
+        "nvshmem_built": "",
+        "nvshmem_installed": "",
         "nvshmem": {
             "fabric": {},
             "settings": [],
@@ -58,6 +62,19 @@ def healthy(rank: int = 0, size: int = 1, **changes: Any) -> doctor.Facts:
         },
     }
     return {**copy.deepcopy(facts), **changes}
+
+
+def gpus(*capabilities: str) -> list[doctor.Facts]:
+    return [
+        {"index": str(i), "uuid": f"GPU-{i}", "capability": capability, "name": "NVIDIA H200"}
+        for i, capability in enumerate(capabilities)
+    ]
+
+
+def with_cuda(rank: int = 0, size: int = 1, **changes: Any) -> doctor.Facts:
+    """A rank whose build has the CUDA backend, on a machine with four GPUs."""
+    cuda = {"cuda": True, "cuda_archs": ["80", "90"], "gpu_driver": ["NVRM version: ..."], "gpus": gpus(*["9.0"] * 4)}
+    return healthy(rank, size, **{**cuda, **changes})
 
 
 def only_finding(*ranks: doctor.Facts, missing: tuple[int, ...] = ()) -> doctor.Finding:
@@ -163,9 +180,70 @@ def test_a_missing_rank_is_a_problem() -> None:
     assert found.severity == "problem" and "rank 2" in found.what
 
 
-def test_a_gpu_without_its_backend_is_a_note() -> None:
-    assert only_finding(healthy(gpu_driver=["NVRM version: ..."])).severity == "note"
-    assert doctor.find_problems([healthy(gpu_driver=["NVRM version: ..."], cuda=True)]) == []
+@pytest.mark.parametrize("facts", [{"gpu_driver": ["NVRM version: ..."]}, {"gpus": gpus("9.0")}])
+def test_a_gpu_without_its_backend_is_a_note(facts: dict[str, Any]) -> None:
+    found = only_finding(healthy(**facts))
+    assert found.severity == "note" and "only the CPU backend" in found.what and "HPC_MOE_CUDA=1" in found.remedy
+
+
+def test_nothing_is_wrong_with_gpus_and_their_backend() -> None:
+    assert doctor.find_problems([with_cuda(rank, 4) for rank in range(4)]) == []
+    assert doctor.find_problems([with_cuda(gpus=gpus("8.6", "8.9"))]) == []
+    assert doctor.find_problems([with_cuda(gpus=[])]) == []  # a login node
+
+
+@pytest.mark.parametrize(("capability", "remedy"), [("10.3", "HPC_MOE_CUDA_ARCHS=100"), ("7.5", 'device="cpu"')])
+def test_a_gpu_that_was_not_built_for_is_a_problem(capability: str, remedy: str) -> None:
+    found = only_finding(with_cuda(gpus=gpus("9.0", capability)))
+    assert found.severity == "problem" and f"capability {capability}" in found.what and "sm_80, sm_90" in found.what
+    assert remedy in found.remedy
+
+
+def test_a_torch_without_cuda_is_a_problem_where_there_are_gpus() -> None:
+    facts = with_cuda()
+    facts["versions"]["torch"] = "2.13.0+cpu"
+    found = only_finding(facts)
+    assert found.severity == "problem" and "2.13.0+cpu is a build for CPUs" in found.what
+    assert doctor.find_problems([{**facts, "gpus": []}]) == []
+
+
+def test_fewer_gpus_than_ranks_are_a_note() -> None:
+    found = only_finding(*[with_cuda(rank, 5) for rank in range(5)])
+    assert found.severity == "note" and "5 ranks on n01 have 4 GPUs" in found.what
+    bound = [with_cuda(rank, 4, gpus=gpus(*["9.0"] * 4)[rank : rank + 1]) for rank in range(4)]
+    assert doctor.find_problems(bound) == []  # each sees its own only
+
+
+def test_gpus_are_listed_once_for_each_host() -> None:
+    ranks = [with_cuda(rank, 4, machine=f"boot-{rank // 2}", host=f"n{rank // 2}") for rank in range(4)]
+    ranks[3]["nvshmem_built"] = "2.0.0"  # rank 0's counts
+    ranks[0].update(nvshmem_built="3.4.5", nvshmem_installed="3.6.0")
+    report = doctor.build_report(ranks)
+    assert {host: len(some) for host, some in report["gpus"].items()} == {"n0": 4, "n1": 4}
+    text = doctor.render(report, "table")
+    assert "n1  4 x NVIDIA H200 (compute capability 9.0)" in text and "yes, for sm_80, sm_90" in text
+    assert "built with 3.4.5, installed here 3.6.0" in text
+
+
+@pytest.mark.parametrize(
+    ("script", "found"),
+    [
+        (
+            "echo '0, GPU-1, 9.0, NVIDIA H200'; echo '1, GPU-2, 9.0, NVIDIA H200, odd'",
+            ["NVIDIA H200", "NVIDIA H200, odd"],
+        ),
+        ("echo 'No devices were found'; exit 6", []),
+        ("echo 'No devices were found'", []),
+        (":", []),
+    ],
+)
+def test_what_nvidia_smi_says(script: str, found: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert [gpu["name"] for gpu in doctor._gpus()] == found
+    monkeypatch.setenv("PATH", "")
+    assert doctor._gpus() == []
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
