@@ -49,18 +49,34 @@ def comm() -> MPI.Intracomm:
 Mpirun = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+def on_cuda() -> bool:
+    """Whether this run of the tests is about CUDA; see support.py."""
+    return os.environ.get("HPC_MOE_TEST_DEVICE", "cpu") == "cuda"
+
+
+def gpu_environment(ranks: int) -> dict[str, str]:
+    """What programs that tests start need: no GPU, or leave to share the GPUs if these are fewer than the ranks."""
+    if not on_cuda():
+        return {"CUDA_VISIBLE_DEVICES": ""}
+    import torch
+
+    return {"HPC_MOE_TEST_SHARE_GPUS": "1"} if ranks > torch.cuda.device_count() else {}
+
+
 @pytest.fixture(scope="session")
 def mpirun() -> Mpirun:
     """`mpirun(ranks, *python_args, limit=100.0, env={})`: run Python on that many ranks; returns the finished process.
 
     For tests marked `launcher`. Output is captured as text; exit status 124 means that the limit (seconds) ended it.
+    Unless HPC_MOE_TEST_DEVICE=cuda the ranks see no GPU. More ranks than GPUs share them.
     """
 
     def run(
         ranks: int, *args: str | Path, limit: float = 100.0, env: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         line = launch.command(ranks, [sys.executable, *map(str, args)], limit)
-        environment = launch.environment(ranks, base={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+        base = {**os.environ, "OMP_NUM_THREADS": "1", **gpu_environment(ranks), **(env or {})}
+        environment = launch.environment(ranks, base=base)
         return subprocess.run(
             line, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
         )
@@ -193,6 +209,8 @@ def pytest_configure(config: pytest.Config) -> None:
     global REAL_STDERR
     if not under_mpi(config):
         return
+    if on_cuda():
+        import support  # noqa: F401  (chooses this rank's GPU before anything uses one)
     REAL_STDERR = os.dup(2)
     faulthandler.register(signal.SIGTERM, file=REAL_STDERR, all_threads=True, chain=True)
     guard = RanksInStep()

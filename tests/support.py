@@ -1,16 +1,20 @@
-"""What the tests that compare with the reference share: verdicts that all ranks reach together, buffers that are kept.
+"""What the tests share: the device, verdicts that all ranks reach together, buffers that are kept.
 
-Not for tests that need neither `Buffer` nor the reference.
+HPC_MOE_TEST_DEVICE, `cpu` (the default) or `cuda`, says where the tensors of the tests lie that use a `Buffer`. The
+reference stays on the CPU: tests make their inputs there, move them with `to_device`, and compare there. Not for tests
+that need neither `Buffer` nor the reference.
 """
 
 from __future__ import annotations
 
 import os
+import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from mpi4py import MPI
@@ -21,17 +25,96 @@ if TYPE_CHECKING:
     from hpc_moe import Buffer
 
 NODE_OF_RANK = "HPC_MOE_TEST_NODE_OF_RANK"
+SHARE_GPUS = "HPC_MOE_TEST_SHARE_GPUS"
 TIMEOUT_S = 30.0
+PROMPT_S = 10.0  # an error must come well before the buffer's timeout
+
+T = TypeVar("T")
+
+# --- the device ------------------------------------------------------------------------------------------------------
+
+
+def _choose_device() -> torch.device:
+    """The device of this rank; on CUDA also torch's current one. More ranks than GPUs share them."""
+    kind = os.environ.get("HPC_MOE_TEST_DEVICE", "cpu")
+    if kind == "cpu":
+        return torch.device("cpu")
+    num_gpus = torch.cuda.device_count() if kind == "cuda" else 0
+    if num_gpus == 0:
+        raise RuntimeError(f"HPC_MOE_TEST_DEVICE={kind}: must be cpu, or cuda where torch sees a GPU")
+    node = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+    index = node.Get_rank() % num_gpus
+    if node.Get_size() > num_gpus:
+        os.environ[SHARE_GPUS] = "1"
+    node.Free()
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+DEVICE = _choose_device()
+ON_CUDA = DEVICE.type == "cuda"
+IS_SHARING = ON_CUDA and os.environ.get(SHARE_GPUS) == "1"
+
+needs_low_latency = pytest.mark.skipif(ON_CUDA, reason="not on CUDA yet: low-latency calls")
+needs_nodes = pytest.mark.skipif(ON_CUDA, reason="not on CUDA yet: several nodes")
+cpu_runtime_only = pytest.mark.skipif(ON_CUDA, reason="about the CPU runtime, or a ReferenceBuffer")
+cuda_only = pytest.mark.skipif(not ON_CUDA, reason="needs HPC_MOE_TEST_DEVICE=cuda")
+
+
+def to_device(value: T) -> T:
+    """Tensors, also in tuples and lists, on `DEVICE`, with the strides that they have; anything else as it is.
+
+    The memory that a tensor is a view of moves as a whole, so that rows lie as far apart, and as badly aligned, there.
+    """
+    if isinstance(value, (tuple, list)):
+        return cast(T, type(value)(to_device(each) for each in value))
+    if not ON_CUDA or not isinstance(value, torch.Tensor) or value.device.type != "cpu":
+        return value
+    whole = value.as_strided((value.untyped_storage().nbytes() // value.itemsize,), (1,), 0)
+    return cast(T, whole.to(DEVICE).as_strided(value.shape, value.stride(), value.storage_offset()))
+
+
+def to_cpu(value: T) -> T:
+    """Tensors, also in tuples and lists, on the CPU; anything else as it is."""
+    if isinstance(value, (tuple, list)):
+        return cast(T, type(value)(to_cpu(each) for each in value))
+    return cast(T, value.cpu()) if isinstance(value, torch.Tensor) else value
+
+
+def promptly(call: Callable[[], object], kind: type[Exception], pending_in: Buffer | None = None) -> str:
+    """Call it; returns the message of the error, which must be of this kind and come soon.
+
+    `pending_in`: the buffer of a call that need not wait for the other ranks on CUDA (see `waits`). There the error may
+    come from its `check()` instead. On CPU, every call raises its own errors.
+    """
+    start = time.monotonic()
+    with pytest.raises(kind) as caught:
+        call()
+        if ON_CUDA and pending_in is not None:
+            pending_in.check()
+    assert time.monotonic() - start < PROMPT_S
+    return str(caught.value)
+
+
+def waits(call: str, arguments: dict[str, Any]) -> bool:
+    """Whether the CPU waits in this call for the other ranks, and so learns of their errors at once."""
+    if not ON_CUDA:
+        return True
+    return call == "dispatch" and arguments.get("handle") is None and not arguments.get("num_worst_tokens")
+
+
+# --- comparisons -----------------------------------------------------------------------------------------------------
 
 
 def same_on_all_ranks(max_examples: int) -> settings:
     """Settings with which hypothesis draws the same examples on every rank.
 
-    HPC_MOE_TEST_EXAMPLES, a factor, asks for more. There is no shrinking: it is bounded by time, which passes
-    differently on each rank.
+    HPC_MOE_TEST_EXAMPLES, a factor, asks for more. Ranks that share a GPU take turns, which is slow: they draw fewer.
+    There is no shrinking: it is bounded by time, which passes differently on each rank.
     """
+    factor = float(os.environ.get("HPC_MOE_TEST_EXAMPLES", "1")) * (0.2 if IS_SHARING else 1.0)
     return settings(
-        max_examples=max(1, int(max_examples * float(os.environ.get("HPC_MOE_TEST_EXAMPLES", "1")))),
+        max_examples=max(1, int(max_examples * factor)),
         derandomize=True,
         database=None,
         deadline=None,
@@ -56,7 +139,8 @@ class Verdict:
             self.complaints.append(f"{name}: {detail}" if detail != "" else name)
 
     def same(self, name: str, actual: torch.Tensor | None, expected: torch.Tensor | None) -> None:
-        """Same dtype, shape and bits."""
+        """Same dtype, shape and bits, wherever they lie."""
+        actual, expected = to_cpu(actual), to_cpu(expected)
         if actual is None or expected is None:
             self.true(name, actual is expected, f"got {_show(actual)}, expected {_show(expected)}")
             return
@@ -71,6 +155,7 @@ class Verdict:
 
     def within(self, name: str, actual: torch.Tensor, expected: Bounded, dtype: torch.dtype = torch.bfloat16) -> None:
         """Same shape, the given dtype, and every element within its bound."""
+        actual = actual.cpu()
         if actual.dtype != dtype or actual.shape != expected.value.shape:
             self.complaints.append(f"{name}: got {_show(actual)}, expected {dtype} {list(expected.value.shape)}")
             return
@@ -97,7 +182,7 @@ def together(comm: MPI.Intracomm, label: str = "") -> Iterator[Verdict]:
     verdict = Verdict()
     try:
         yield verdict
-    except Exception:
+    except (Exception, pytest.fail.Exception):
         verdict.complaints.append(traceback.format_exc())
     verdict.settle(comm, label)
 
@@ -112,8 +197,16 @@ def _show(tensor: torch.Tensor | None) -> str:
     return "None" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
 
 
+# --- buffers ---------------------------------------------------------------------------------------------------------
+
+
 def placements(num_ranks: int) -> list[tuple[int, ...]]:
-    """The node of each rank in all the ways that are tried: one node, 1 and 2 ranks a node, blocks and cyclic."""
+    """The node of each rank in all the ways that are tried: one node, 1 and 2 ranks a node, blocks and cyclic.
+
+    On CUDA one node only, so far.
+    """
+    if ON_CUDA:
+        return [(0,) * num_ranks]
     found = {(0,) * num_ranks, tuple(range(num_ranks))}
     if num_ranks == 4:
         found |= {(0, 0, 1, 1), (0, 1, 0, 1)}
@@ -159,6 +252,6 @@ class Buffers:
                 os.environ[NODE_OF_RANK] = ",".join(map(str, node_of_rank))
                 ranks_per_node = None
         try:
-            return Buffer(self.comm, device="cpu", ranks_per_node=ranks_per_node, timeout=TIMEOUT_S, **arguments)
+            return Buffer(self.comm, device=str(DEVICE), ranks_per_node=ranks_per_node, timeout=TIMEOUT_S, **arguments)
         finally:
             os.environ.pop(NODE_OF_RANK, None)

@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 
 import pytest
 from mpi4py import MPI
+from support import DEVICE, cpu_runtime_only, needs_low_latency, needs_nodes
 
 import hpc_moe
 from hpc_moe import ArgumentError, BootstrapError, Buffer, UnavailableError
@@ -60,6 +61,7 @@ def test_topology_of_one_host_is_one_node(comm: MPI.Intracomm) -> None:
     assert topology.rail == (comm.rank,)
 
 
+@needs_nodes
 @pytest.mark.mpi(min_size=4)
 def test_cyclic_placement(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> None:
     if comm.size != 4:
@@ -68,15 +70,18 @@ def test_cyclic_placement(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) 
     topology = find_topology(Group(comm, 30), None)
     assert topology.ranks_of_node == ((0, 2), (1, 3))
     assert topology.rail == ((0, 1), (0, 1), (2, 3), (2, 3))[comm.rank]
-    with Buffer(comm, minimum_nvl_bytes(4), timeout=30) as buffer:
+    with Buffer(comm, minimum_nvl_bytes(4), device=str(DEVICE), timeout=30) as buffer:
         assert buffer.runtime.get_num_rdma_ranks() == 2
         assert buffer.runtime.get_rdma_rank() == comm.rank % 2
         assert buffer.runtime.get_root_rdma_rank() == (0, 0, 2, 2)[comm.rank]
 
 
+@needs_low_latency
 @pytest.mark.mpi
 def test_the_root_of_a_low_latency_world_is_rank_0(comm: MPI.Intracomm) -> None:
-    with Buffer(comm, 0, 4096, low_latency_mode=True, ranks_per_node=1, num_qps_per_rank=4, timeout=30) as buffer:
+    with Buffer(
+        comm, 0, 4096, low_latency_mode=True, ranks_per_node=1, num_qps_per_rank=4, device=str(DEVICE), timeout=30
+    ) as buffer:
         assert buffer.runtime.get_root_rdma_rank() == 0
         assert buffer.runtime.get_num_rdma_ranks() == comm.size
         assert buffer.runtime.is_available()
@@ -84,10 +89,11 @@ def test_the_root_of_a_low_latency_world_is_rank_0(comm: MPI.Intracomm) -> None:
     assert not runtime.is_available()
 
 
+@cpu_runtime_only
 @pytest.mark.mpi
 def test_what_the_runtime_announces(comm: MPI.Intracomm) -> None:
     num_bytes = minimum_nvl_bytes(comm.size)
-    with Buffer(comm, num_bytes, timeout=30) as buffer:
+    with Buffer(comm, num_bytes, device=str(DEVICE), timeout=30) as buffer:
         runtime = buffer.runtime
         assert runtime.get_local_device_id() == min(os.sched_getaffinity(0))
         handle = runtime.get_local_ipc_handle()
@@ -99,9 +105,10 @@ def test_what_the_runtime_announces(comm: MPI.Intracomm) -> None:
         assert {len(one) for one in ids} == {128} and len(set(ids)) == comm.size
 
 
+@cpu_runtime_only
 @pytest.mark.mpi(min_size=2)
 def test_a_window_that_is_not_the_announced_one_is_found(comm: MPI.Intracomm) -> None:
-    with Buffer(comm, minimum_nvl_bytes(comm.size), timeout=30) as buffer:
+    with Buffer(comm, minimum_nvl_bytes(comm.size), device=str(DEVICE), timeout=30) as buffer:
         handles = comm.allgather(buffer.runtime.get_local_ipc_handle())
         swapped = [handles[1], handles[0], *handles[2:]]
         with pytest.raises(RuntimeError, match="not the window of rank 0"):
@@ -143,4 +150,4 @@ def test_arguments_that_differ_are_named_with_their_values(comm: MPI.Intracomm) 
 @pytest.mark.mpi(min_size=2)
 def test_ranks_per_node_must_divide_the_ranks(comm: MPI.Intracomm) -> None:
     with pytest.raises(ArgumentError, match="ranks_per_node must divide"):
-        Buffer(comm, ranks_per_node=comm.size + 1, timeout=30)
+        Buffer(comm, ranks_per_node=comm.size + 1, device=str(DEVICE), timeout=30)

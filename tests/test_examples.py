@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support import DEVICE, ON_CUDA
 
 pytestmark = [pytest.mark.launcher, pytest.mark.timeout(300)]
 
@@ -30,6 +30,7 @@ TINY = (
     "--eval-windows=8",
     "--eval-every=10",
     "--sample=10",
+    f"--device={DEVICE.type}",
 )
 
 Mpirun = Callable[..., Any]
@@ -168,9 +169,8 @@ def test_an_error_on_one_rank_ends_the_job(mpirun: Mpirun) -> None:
     assert "NotADirectoryError" in result.stderr
 
 
+@pytest.mark.skipif(ON_CUDA, reason="there is a GPU")
 def test_cuda_is_a_clear_error(mpirun: Mpirun, tmp_path: Path) -> None:
-    if os.path.exists("/dev/nvidia0"):
-        pytest.skip("there is a GPU")
     result = mpirun(1, EXAMPLES / "train_moe_lm.py", *TINY, "--device=cuda", f"--out={tmp_path}", limit=60.0)
     assert result.returncode not in (0, 2, 124)
     assert "hpc_moe.errors.UnavailableError: " in result.stderr

@@ -14,6 +14,7 @@ from typing import Any
 
 import launch
 import pytest
+from support import ON_CUDA, needs_low_latency, needs_nodes
 
 pytestmark = pytest.mark.launcher
 
@@ -64,32 +65,32 @@ def check_lost(seen: Seen, operations: dict[str, str]) -> None:
             assert results["again"]["error"] == "" and results["again"]["seconds"] < 1
 
 
-@pytest.mark.parametrize("ranks_per_node", ["", "1"])
+@pytest.mark.parametrize("ranks_per_node", ["", pytest.param("1", marks=needs_nodes)])
 def test_a_rank_that_never_calls_is_named(run: Run, monkeypatch: pytest.MonkeyPatch, ranks_per_node: str) -> None:
     if ranks_per_node:
         monkeypatch.setenv("RANKS_PER_NODE", ranks_per_node)
-    operations = {
-        "dispatch": "dispatch",
-        "cached_dispatch": "dispatch",
-        "combine": "combine",
-        "low_latency_dispatch": "low_latency_dispatch",
-        "low_latency_combine": "low_latency_combine",
-        "recv_hook": "low_latency_dispatch",
-        "clean_low_latency_buffer": "clean_low_latency_buffer",
-    }
+    operations = {"dispatch": "dispatch", "cached_dispatch": "dispatch", "combine": "combine"}
+    if not ON_CUDA:
+        operations |= {
+            "low_latency_dispatch": "low_latency_dispatch",
+            "low_latency_combine": "low_latency_combine",
+            "recv_hook": "low_latency_dispatch",
+            "clean_low_latency_buffer": "clean_low_latency_buffer",
+        }
     check_lost(run("lost_in_calls", "silent:" + ",".join(operations)), operations)
 
 
-@pytest.mark.parametrize("call", ["dispatch", "low_latency_combine"])
+@pytest.mark.parametrize("call", ["dispatch", pytest.param("low_latency_combine", marks=needs_low_latency)])
 def test_a_stopped_rank_is_named(run: Run, call: str) -> None:
     check_lost(run("lost_in_calls", f"stopped:{call}"), {call: call})
 
 
-@pytest.mark.parametrize("call", ["combine", "low_latency_dispatch"])
+@pytest.mark.parametrize("call", ["combine", pytest.param("low_latency_dispatch", marks=needs_low_latency)])
 def test_a_dead_rank_is_named(run: Run, call: str) -> None:
     check_lost(run("lost_in_calls", f"killed:{call}", killed=True), {call: call})
 
 
+@needs_low_latency
 @pytest.mark.parametrize("how", ["silent", "stopped"])
 def test_a_lost_rank_is_masked_and_comes_back(run: Run, how: str) -> None:
     seen = run("shrink", how)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from mpi4py import MPI
+from support import DEVICE, ON_CUDA, cpu_runtime_only, needs_low_latency, to_device
 
 from hpc_moe import ArgumentError, Buffer, PeerTimeoutError, UnavailableError, bootstrap
 from hpc_moe.config import minimum_nvl_bytes
@@ -21,23 +22,23 @@ from hpc_moe.config import minimum_nvl_bytes
 pytestmark = pytest.mark.mpi(min_size=2)
 
 HIDDEN = 256
-SHORT = 0.5  # seconds: what ranks wait
-LATE = 1.5  # seconds: how late a late rank is
+SHORT = 2.0 if ON_CUDA else 0.5  # seconds: what ranks wait
+LATE = 4.5 if ON_CUDA else 1.5  # seconds: how late a late rank is
 
 
 def normal_buffer(comm: MPI.Intracomm, timeout: float = 30.0, **arguments: Any) -> Buffer:
-    return Buffer(comm, minimum_nvl_bytes(comm.size), timeout=timeout, **arguments)
+    return Buffer(comm, minimum_nvl_bytes(comm.size), device=str(DEVICE), timeout=timeout, **arguments)
 
 
 def low_latency_buffer(comm: MPI.Intracomm, num_tokens: int, hidden: int, timeout: float, **arguments: Any) -> Buffer:
     num_bytes = Buffer.get_low_latency_rdma_size_hint(num_tokens, hidden, comm.size, comm.size)
-    return Buffer(comm, 0, num_bytes, low_latency_mode=True, timeout=timeout, **arguments)
+    return Buffer(comm, 0, num_bytes, low_latency_mode=True, device=str(DEVICE), timeout=timeout, **arguments)
 
 
 def to_the_next_rank(comm: MPI.Intracomm, num_tokens: int, hidden: int = HIDDEN) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens that all go to the next rank, whose only expert has its number."""
     x = torch.full((num_tokens, hidden), float(comm.rank), dtype=torch.bfloat16)
-    return x, torch.full((num_tokens, 1), (comm.rank + 1) % comm.size)
+    return to_device((x, torch.full((num_tokens, 1), (comm.rank + 1) % comm.size)))
 
 
 def works(buffer: Buffer, comm: MPI.Intracomm) -> bool:
@@ -93,6 +94,7 @@ def test_flags_that_the_caller_changes_do_not_change_the_handle(comm: MPI.Intrac
         assert torch.equal(again, recv_x)
 
 
+@cpu_runtime_only
 def test_more_rows_than_announced_are_refused_before_a_byte_is_written(comm: MPI.Intracomm) -> None:
     """Who changes the handle's own flags gets an error, not another rank's memory."""
     x, topk_idx = to_the_next_rank(comm, 4)
@@ -118,6 +120,7 @@ def test_a_number_that_is_too_large_on_one_rank(comm: MPI.Intracomm, spoilt: dic
         assert works(buffer, comm)
 
 
+@needs_low_latency
 def test_an_error_of_a_deferred_call_is_its_own(comm: MPI.Intracomm) -> None:
     """Rank 0 rejects a send whose receive half the others run within the next call: that one must not suffer."""
     x, topk_idx = to_the_next_rank(comm, 4)
@@ -136,16 +139,18 @@ def test_an_error_of_a_deferred_call_is_its_own(comm: MPI.Intracomm) -> None:
         buffer.clean_low_latency_buffer(4, HIDDEN, comm.size)  # nothing is left unreceived
 
 
+@needs_low_latency
 def test_hooks_let_go_of_messages(comm: MPI.Intracomm) -> None:
     x, topk_idx = to_the_next_rank(comm, 4)
     with low_latency_buffer(comm, 4, HIDDEN, 30.0) as buffer:
         for _ in range(50):
             *_, hook = buffer.low_latency_dispatch(x, topk_idx, 4, comm.size, return_recv_hook=True)
             hook()
-        assert buffer._backend is not None
-        assert len(buffer._backend.messenger._under_way) < 10 * comm.size
+        backend: Any = buffer._backend
+        assert len(backend.messenger._under_way) < 10 * comm.size
 
 
+@needs_low_latency
 def test_hooks_on_some_ranks_only_are_an_error(comm: MPI.Intracomm) -> None:
     x, topk_idx = to_the_next_rank(comm, 128, 7168)
     with low_latency_buffer(comm, 128, 7168, 30.0) as buffer:
@@ -157,6 +162,7 @@ def test_hooks_on_some_ranks_only_are_an_error(comm: MPI.Intracomm) -> None:
         assert buffer.low_latency_dispatch(x, topk_idx, 128, comm.size)[1].tolist() == [128]
 
 
+@needs_low_latency
 def test_a_failed_dispatch_takes_no_staging_buffer(comm: MPI.Intracomm) -> None:
     x, topk_idx = to_the_next_rank(comm, 4)
     with low_latency_buffer(comm, 4, HIDDEN, 30.0) as buffer:
@@ -174,14 +180,15 @@ def test_weights_that_require_gradients(comm: MPI.Intracomm) -> None:
         rows, _, weights, _, handle, _ = buffer.dispatch(
             x,
             topk_idx=topk_idx,
-            topk_weights=torch.ones(4, 1, requires_grad=True),
+            topk_weights=torch.ones(4, 1, device=DEVICE, requires_grad=True),
             num_experts=comm.size,
             expert_layout="grouped",
         )
         _, summed, _ = buffer.combine(rows, handle, weights.requires_grad_())
-        assert summed is not None and torch.equal(summed, torch.ones(4, 1))
+        assert summed is not None and torch.equal(summed.cpu(), torch.ones(4, 1))
 
 
+@needs_low_latency
 def test_a_rank_that_comes_back_while_a_send_is_unreceived(comm: MPI.Intracomm) -> None:
     """The cleaning is refused, but the mask is gone: the unreceived call must not wait for the rank it left out."""
     if comm.size < 3:
@@ -204,6 +211,7 @@ def test_a_rank_that_comes_back_while_a_send_is_unreceived(comm: MPI.Intracomm) 
         assert buffer.low_latency_dispatch(x, topk_idx, 4, comm.size)[1].tolist() == [4]
 
 
+@needs_low_latency
 def test_destroying_with_unreceived_sends(comm: MPI.Intracomm) -> None:
     x, topk_idx = to_the_next_rank(comm, 128, 7168)
     buffer = low_latency_buffer(comm, 128, 7168, 30.0)
@@ -213,6 +221,7 @@ def test_destroying_with_unreceived_sends(comm: MPI.Intracomm) -> None:
         buffer.destroy()
 
 
+@needs_low_latency
 def test_destroying_after_a_masked_rank_came_back(comm: MPI.Intracomm) -> None:
     x, topk_idx = to_the_next_rank(comm, 128, 7168)
     buffer = low_latency_buffer(comm, 128, 7168, LATE, enable_shrink=True)
@@ -234,6 +243,7 @@ def test_destroying_after_a_masked_rank_came_back(comm: MPI.Intracomm) -> None:
         buffer.destroy()
 
 
+@needs_low_latency
 @pytest.mark.parametrize("enable_shrink", [False, True])
 def test_cleaning_with_bad_arguments_on_one_rank(comm: MPI.Intracomm, enable_shrink: bool) -> None:
     with low_latency_buffer(comm, 4, HIDDEN, 30.0, enable_shrink=enable_shrink) as buffer:
@@ -245,11 +255,10 @@ def test_cleaning_with_bad_arguments_on_one_rank(comm: MPI.Intracomm, enable_shr
         assert buffer.low_latency_dispatch(x, topk_idx, 4, comm.size)[1].tolist() == [4]
 
 
+@needs_low_latency
 def test_a_normal_call_while_a_rank_is_masked_on_one_rank_only(comm: MPI.Intracomm) -> None:
     num_bytes = Buffer.get_low_latency_rdma_size_hint(4, HIDDEN, comm.size, comm.size)
-    with Buffer(
-        comm, minimum_nvl_bytes(comm.size), num_bytes, low_latency_mode=True, enable_shrink=True, timeout=30
-    ) as buffer:
+    with normal_buffer(comm, num_rdma_bytes=num_bytes, low_latency_mode=True, enable_shrink=True) as buffer:
         if comm.rank == 0:
             buffer.low_latency_update_mask_buffer(1, True)
             with pytest.raises(UnavailableError, match=r"ranks \[1\] are masked"):
@@ -262,6 +271,7 @@ def test_a_normal_call_while_a_rank_is_masked_on_one_rank_only(comm: MPI.Intraco
         assert works(buffer, comm)
 
 
+@needs_low_latency
 def test_weights_that_are_not_numbers_are_the_same_weights(comm: MPI.Intracomm) -> None:
     x, topk_idx = to_the_next_rank(comm, 4)
     weights = torch.full((4, 1), np.nan)

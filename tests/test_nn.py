@@ -1,6 +1,6 @@
 """`hpc_moe.nn`: gradients against finite differences, the expert-parallel layer against the single-process one, router.
 
-Runs under mpirun on any number of ranks that divides 8.
+Runs under mpirun on any number of ranks that divides 8. What uses a ReferenceBuffer stays on the CPU.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from mpi4py import MPI
+from support import DEVICE
 
 import hpc_moe
 from hpc_moe import nn
@@ -113,12 +114,14 @@ def test_gradcheck(layout: str) -> None:
 def test_backward_of_ranks_that_differ(real: bool) -> None:
     """Ranks without tokens, without a gradient to compute or with a cut-off graph take part in the backward."""
     counts = [0 if rank == 0 and SIZE > 1 else 5 for rank in range(SIZE)]
-    topk_idx = torch.full((counts[RANK], 1), NUM_EXPERTS - 1)  # all on the last rank: the others receive nothing
-    x = torch.randn(counts[RANK], HIDDEN)
+    device = DEVICE if real else torch.device("cpu")
+    topk_idx = torch.full((counts[RANK], 1), NUM_EXPERTS - 1, device=device)  # all on the last rank
+    x = torch.randn(counts[RANK], HIDDEN, device=device)
     x.requires_grad_(RANK % 2 == 1 or SIZE == 1)
-    buffer: Any = hpc_moe.Buffer(COMM, 1 << 24, device="cpu") if real else ReferenceBuffer(COMM)
+    buffer: Any = hpc_moe.Buffer(COMM, 1 << 24, device=str(DEVICE)) if real else ReferenceBuffer(COMM)
     sent = nn.dispatch(buffer, x, topk_idx, None, NUM_EXPERTS, expert_layout="grouped")
-    rows = 2 * sent.x if sent.x.shape[0] else torch.zeros(0, HIDDEN)  # cuts the graph where nothing arrived
+    # Cuts the graph where nothing arrived.
+    rows = 2 * sent.x if sent.x.shape[0] else torch.zeros(0, HIDDEN, device=device)
     out = nn.combine(buffer, rows, sent.handle)
     torch.autograd.backward(out.sum())
     if x.requires_grad:
@@ -136,22 +139,26 @@ def _bad_calls(sent: nn.Dispatched) -> list[tuple[str, str, dict[str, Any]]]:
         ("dispatch", "topk_idx and num_experts", {"topk_idx": None, "num_experts": None}),
         ("dispatch", "num_experts must be given", {"num_experts": None}),
         ("dispatch", "must be None with a handle", {"handle": sent.handle}),
-        ("dispatch", "x must be bfloat16", {"x": torch.ones(3, HIDDEN, dtype=torch.int64)}),
+        ("dispatch", "x must be bfloat16", {"x": torch.ones(3, HIDDEN, dtype=torch.int64, device=DEVICE)}),
         ("dispatch", "x must be bfloat16", {"x": None}),
         ("dispatch", "expert_layout must be", {"expert_layout": "other"}),
-        ("dispatch", "topk_weights must be float32", {"topk_weights": torch.ones(3, 1, dtype=torch.int64)}),
+        (
+            "dispatch",
+            "topk_weights must be float32",
+            {"topk_weights": torch.ones(3, 1, dtype=torch.int64, device=DEVICE)},
+        ),
         ("dispatch", "handle must be a DispatchHandle", {"handle": sent.handle.routing, "topk_idx": None}),
         ("combine", "handle must be a DispatchHandle", {"handle": None}),
-        ("combine", "x must be bfloat16", {"x": torch.ones(5, HIDDEN, 1)}),
+        ("combine", "x must be bfloat16", {"x": torch.ones(5, HIDDEN, 1, device=DEVICE)}),
     ]
 
 
 def test_arguments_that_one_rank_has_wrong() -> None:
     """All ranks raise, the others naming the rank, and the buffer goes on working."""
     wrong = SIZE - 1
-    x = torch.randn(3, HIDDEN)
-    idx = torch.zeros(3, 1, dtype=torch.int64)
-    with hpc_moe.Buffer(COMM, 1 << 24, device="cpu", timeout=20.0) as buffer:
+    x = torch.randn(3, HIDDEN, device=DEVICE)
+    idx = torch.zeros(3, 1, dtype=torch.int64, device=DEVICE)
+    with hpc_moe.Buffer(COMM, 1 << 24, device=str(DEVICE), timeout=20.0) as buffer:
         sent = nn.dispatch(buffer, x, idx, None, NUM_EXPERTS)
         assert sent.topk_weights is None and sent.topk_idx is not None
         for call, message, bad in _bad_calls(sent):
@@ -159,10 +166,11 @@ def test_arguments_that_one_rank_has_wrong() -> None:
             if call == "combine":
                 good = {"x": sent.x, "handle": sent.handle}
             elif "topk_weights" in bad:
-                good["topk_weights"] = torch.ones(3, 1)
+                good["topk_weights"] = torch.ones(3, 1, device=DEVICE)
             arguments = {**good, **bad} if wrong == RANK else good
             with pytest.raises(ArgumentError, match=message if wrong == RANK else f"rank {wrong}.*{message}"):
                 getattr(nn, call)(buffer, **arguments)
+                buffer.check()  # on CUDA, a combine does not wait for the others' errors
         torch.testing.assert_close(nn.combine(buffer, sent.x, sent.handle), x, rtol=0.02, atol=0.02)
 
 
@@ -173,14 +181,20 @@ def _compare_layers(dtype: torch.dtype, counts: list[int], real: bool, tolerance
     """
     begin, end, total = _token_ranges(counts)
     top_k, width = 3, 48
+    device = DEVICE if real else torch.device("cpu")
     generator = torch.Generator().manual_seed(5)
-    full_x = torch.randn(total, HIDDEN, generator=generator).to(dtype)
-    target = torch.randn(total, HIDDEN, generator=generator).to(dtype)
-    options: dict[str, Any] = {"norm_topk_prob": True, "balance_coef": balance, "z_coef": balance / 10, "seed": 3}
+    full_x = torch.randn(total, HIDDEN, generator=generator).to(device, dtype)
+    target = torch.randn(total, HIDDEN, generator=generator).to(device, dtype)
+    options: dict[str, Any] = {
+        "norm_topk_prob": True,
+        "balance_coef": balance,
+        "z_coef": balance / 10,
+        "seed": 3,
+        "device": device,
+    }
 
-    single = nn.MoE(
-        HIDDEN, width, NUM_EXPERTS, top_k, router=nn.TopKRouter(HIDDEN, NUM_EXPERTS, top_k, **options), dtype=dtype
-    )
+    router = nn.TopKRouter(HIDDEN, NUM_EXPERTS, top_k, **options)
+    single = nn.MoE(HIDDEN, width, NUM_EXPERTS, top_k, router=router, dtype=dtype, device=device)
     x = full_x.clone().requires_grad_()
     out, loss = single(x)
     ((out * target).sum() / max(total, 1) + loss).backward()
@@ -188,7 +202,7 @@ def _compare_layers(dtype: torch.dtype, counts: list[int], real: bool, tolerance
     buffer = None if real else ReferenceBuffer(COMM)
     router = nn.TopKRouter(HIDDEN, NUM_EXPERTS, top_k, comm=COMM, **options)
     layer = nn.ExpertParallelMoE(
-        COMM, HIDDEN, width, NUM_EXPERTS, top_k, router=router, buffer=buffer, dtype=dtype, device="cpu"
+        COMM, HIDDEN, width, NUM_EXPERTS, top_k, router=router, buffer=buffer, dtype=dtype, device=str(device)
     )
     own_x = full_x[begin:end].clone().requires_grad_()
     own_out, own_loss = layer(own_x)
@@ -238,9 +252,12 @@ def test_layer_equals_single_process(dtype: torch.dtype, tokens: str) -> None:
 
 
 def test_layers_share_a_buffer() -> None:
-    with hpc_moe.Buffer(COMM, 1 << 24, device="cpu") as buffer:
-        layers = [nn.ExpertParallelMoE(COMM, HIDDEN, 32, NUM_EXPERTS, 2, buffer=buffer, seed=seed) for seed in range(2)]
-        x = torch.randn(2, 7, HIDDEN)
+    with hpc_moe.Buffer(COMM, 1 << 24, device=str(DEVICE)) as buffer:
+        layers = [
+            nn.ExpertParallelMoE(COMM, HIDDEN, 32, NUM_EXPERTS, 2, buffer=buffer, seed=seed, device=DEVICE)
+            for seed in range(2)
+        ]
+        x = torch.randn(2, 7, HIDDEN, device=DEVICE)
         middle, _ = layers[0](x)
         out, _ = layers[1](x + middle)
         assert out.shape == x.shape

@@ -1,18 +1,20 @@
 """`ExpertParallelMoE` and `MoE` in use: checks of what they are given, and what torch does around them.
 
-Autocast, activation checkpointing, frozen layers, a retained graph, copies. Runs under mpirun on any number of ranks.
+Autocast, activation checkpointing, frozen layers, a retained graph, copies. Runs under mpirun on any number of ranks,
+through a ReferenceBuffer where that works: on the CPU.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from mpi4py import MPI
+from support import DEVICE, ON_CUDA
 from torch.utils.checkpoint import checkpoint
 
 import hpc_moe
@@ -25,18 +27,41 @@ pytestmark = [pytest.mark.mpi]
 COMM = MPI.COMM_WORLD
 RANK, SIZE = COMM.Get_rank(), COMM.Get_size()
 E, H, F, K = 2 * SIZE, 128, 32, 2
+ABSENCE_S = 3.0 if ON_CUDA else 1.0  # how long the others wait for a rank that does not come
+
+
+_shared: list[Any] = []  # the buffer of the layers that are not given one
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _destroy_shared() -> Iterator[None]:
+    yield
+    for buffer in _shared:
+        if ON_CUDA:
+            buffer.destroy()
+    _shared.clear()
+
+
+def _buffer() -> Any:
+    if not _shared:
+        _shared.append(hpc_moe.Buffer(COMM, 1 << 24, device=str(DEVICE)) if ON_CUDA else ReferenceBuffer(COMM))
+    return _shared[0]
 
 
 def _parallel(buffer: Any = None, **options: Any) -> nn.ExpertParallelMoE:
-    return nn.ExpertParallelMoE(COMM, H, F, E, K, buffer=buffer or ReferenceBuffer(COMM), **options)
+    return nn.ExpertParallelMoE(COMM, H, F, E, K, buffer=buffer or _buffer(), device=DEVICE, **options)
 
 
 def _single(**options: Any) -> nn.MoE:
-    return nn.MoE(H, F, E, K, **options)
+    return nn.MoE(H, F, E, K, device=DEVICE, **options)
+
+
+def _router(**options: Any) -> nn.TopKRouter:
+    return nn.TopKRouter(H, E, K, device=DEVICE, **options)
 
 
 def _tokens(num_tokens: int = 6, seed: int = 0) -> torch.Tensor:
-    return torch.randn(num_tokens, H, generator=torch.Generator().manual_seed(seed + 100 * RANK))
+    return torch.randn(num_tokens, H, generator=torch.Generator().manual_seed(seed + 100 * RANK)).to(DEVICE)
 
 
 # ---- checks
@@ -76,8 +101,8 @@ def test_single_process_tokens_of_another_size() -> None:
 def test_tokens_that_one_rank_has_wrong(bad: Any, counts_over_ranks: bool) -> None:
     """All ranks raise at once, and the layer goes on working."""
     wrong = SIZE - 1
-    with hpc_moe.Buffer(COMM, 1 << 24, device="cpu", timeout=20.0) as buffer:
-        layer = _parallel(buffer, router=nn.TopKRouter(H, E, K, comm=COMM if counts_over_ranks else None, timeout=20.0))
+    with hpc_moe.Buffer(COMM, 1 << 24, device=str(DEVICE), timeout=20.0) as buffer:
+        layer = _parallel(buffer, router=_router(comm=COMM if counts_over_ranks else None, timeout=20.0))
         expected = r"^ExpertParallelMoE: x must be \[\.\.\., 128\]; got" if wrong == RANK else f"on rank {wrong}"
         if not counts_over_ranks and wrong != RANK:
             expected = f"rank {wrong}.*ExpertParallelMoE: x must be"  # the buffer carries the reason along
@@ -90,9 +115,9 @@ def test_tokens_that_one_rank_has_wrong(bad: Any, counts_over_ranks: bool) -> No
 def test_a_rank_that_does_not_come() -> None:
     """The others wait for the buffer's timeout only, and the user's communicator still works."""
     comm = COMM.Dup()
-    buffer = hpc_moe.Buffer(comm, 1 << 24, device="cpu", timeout=1.0)
-    layer = nn.ExpertParallelMoE(comm, H, F, E, K, buffer=buffer)
-    assert layer.router.timeout == 1.0
+    buffer = hpc_moe.Buffer(comm, 1 << 24, device=str(DEVICE), timeout=ABSENCE_S)
+    layer = nn.ExpertParallelMoE(comm, H, F, E, K, buffer=buffer, device=DEVICE)
+    assert layer.router.timeout == ABSENCE_S
     if RANK != 0:
         begin = time.monotonic()
         with pytest.raises(PeerTimeoutError, match="counting the load"):
@@ -143,7 +168,7 @@ def test_copies(make: Callable[..., Any]) -> None:
 
 
 def test_a_copy_does_not_own_the_buffer() -> None:
-    layer = nn.ExpertParallelMoE(COMM, H, F, E, K, device="cpu")
+    layer = nn.ExpertParallelMoE(COMM, H, F, E, K, device=str(DEVICE))
     copied = copy.deepcopy(layer)
     assert copied.buffer is layer.buffer and copied.comm is layer.comm
     copied.destroy()
@@ -163,11 +188,11 @@ def test_mixed_dtypes(make: Callable[..., Any], tokens: torch.dtype, weights: to
     """The result has the dtype of the tokens, and is near that of float32; so are the gradients."""
     results = []
     for exact in (True, False):
-        layer = make(dtype=torch.float32 if exact else weights, router=nn.TopKRouter(H, E, K, seed=3))
+        layer = make(dtype=torch.float32 if exact else weights, router=_router(seed=3))
         if exact:
             layer.experts.to(weights).float()  # the same values
         x = _tokens(9).to(tokens).to(torch.float32 if exact else tokens).requires_grad_()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast and not exact):
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=autocast and not exact):
             out, _ = layer(x)
         assert out.dtype == x.dtype
         (out.float() * _tokens(9, seed=1)).sum().backward()

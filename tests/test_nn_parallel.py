@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mpi4py import MPI
+from support import DEVICE, cpu_runtime_only
 
 from hpc_moe import nn
 from hpc_moe.errors import ArgumentError, PeerTimeoutError, UnavailableError
@@ -21,13 +22,14 @@ E, H, F, K = 2 * SIZE, 128, 32, 2
 
 
 class _Model(torch.nn.Module):
-    """A linear layer before a sharded one."""
+    """A linear layer before a sharded one. (It can compute on the CPU only, as ReferenceBuffer does.)"""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.linear = torch.nn.Linear(H, H)
         self.moe = nn.ExpertParallelMoE(COMM, H, F, E, K, buffer=ReferenceBuffer(COMM))
+        self.to(DEVICE)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.moe(self.linear(x))[0]
@@ -41,11 +43,11 @@ def _tokens(num_tokens: int = 6, seed: int = 0) -> torch.Tensor:
 def test_gradients_that_some_ranks_have() -> None:
     """A parameter that one rank used gets the mean everywhere; one that none used stays without."""
     model = _Model()
-    model.linear.bias.grad = torch.full((H,), 6.0) if RANK == SIZE - 1 else None
+    model.linear.bias.grad = torch.full((H,), 6.0, device=DEVICE) if RANK == SIZE - 1 else None
     model.moe.experts.w_in.grad = torch.ones_like(model.moe.experts.w_in) if RANK == 0 else None
     nn.synchronize_gradients(model, COMM)
     assert model.linear.bias.grad is not None and model.moe.experts.w_in.grad is not None
-    torch.testing.assert_close(model.linear.bias.grad, torch.full((H,), 6.0 / SIZE))
+    torch.testing.assert_close(model.linear.bias.grad.cpu(), torch.full((H,), 6.0 / SIZE))
     expected = torch.full_like(model.moe.experts.w_in, (1.0 if RANK == 0 else 0.0) / SIZE)
     torch.testing.assert_close(model.moe.experts.w_in.grad, expected)
     unused = (model.linear.weight, model.moe.experts.w_out, model.moe.router.weight)
@@ -55,17 +57,18 @@ def test_gradients_that_some_ranks_have() -> None:
 def test_frozen_parameters() -> None:
     """They take no part, even with a gradient left from before."""
     model = _Model()
-    model.linear.weight.requires_grad_(False).grad = torch.full((H, H), 5.0)
+    model.linear.weight.requires_grad_(False).grad = torch.full((H, H), 5.0, device=DEVICE)
     model.moe.experts.w_in.requires_grad_(False).grad = torch.full_like(model.moe.experts.w_in, 5.0)
-    model.linear.bias.grad = torch.full((H,), float(RANK))
+    model.linear.bias.grad = torch.full((H,), float(RANK), device=DEVICE)
     nn.synchronize_gradients(model, COMM)
     assert model.linear.weight.grad is not None and model.linear.weight.grad.eq(5).all()
     assert model.moe.experts.w_in.grad is not None and (model.moe.experts.w_in.grad == 5).all()
-    torch.testing.assert_close(model.linear.bias.grad, torch.full((H,), (SIZE - 1) / 2))
+    torch.testing.assert_close(model.linear.bias.grad.cpu(), torch.full((H,), (SIZE - 1) / 2))
     nn.synchronize_gradients(model.requires_grad_(False), COMM)
     assert model.linear.weight.grad.eq(5).all()
 
 
+@cpu_runtime_only
 def test_gradient_accumulation() -> None:
     """Two micro-batches and one synchronisation give the gradients of both together."""
     parts = [_tokens(4, seed=1), _tokens(3, seed=2)]
@@ -117,7 +120,7 @@ def test_a_layer_with_two_names() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
 def test_gather_experts(dtype: torch.dtype) -> None:
-    local = (torch.arange(2 * 3 * 5) + 30 * RANK).view(2, 3, 5).to(dtype)
+    local = (torch.arange(2 * 3 * 5) + 30 * RANK).view(2, 3, 5).to(DEVICE, dtype)
     full = nn.gather_experts(local.transpose(1, 2), COMM)
     if full is not None:
         assert torch.equal(full, torch.arange(SIZE * 30).view(2 * SIZE, 3, 5).to(dtype).transpose(1, 2))
@@ -127,8 +130,8 @@ def test_gather_experts(dtype: torch.dtype) -> None:
 def test_infinite_gradients() -> None:
     """What the documentation says of a norm that is no number."""
     model = _Model()
-    model.linear.bias.grad = torch.ones(H)
-    model.linear.weight.grad = torch.full((H, H), torch.nan)
+    model.linear.bias.grad = torch.ones(H, device=DEVICE)
+    model.linear.weight.grad = torch.full((H, H), torch.nan, device=DEVICE)
     assert np.isnan(nn.clip_gradients(model, COMM, 1.0))
     assert (model.linear.bias.grad == 1).all()
     model.linear.weight.grad.fill_(torch.inf)

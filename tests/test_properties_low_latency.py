@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import Buffers, Verdict, placements, same_on_all_ranks, together
+from support import Buffers, Verdict, needs_low_latency, placements, same_on_all_ranks, together
 
 from hpc_moe.testing import ROUTING_KINDS, make_topk_idx, make_topk_weights
 from hpc_moe.testing import reference as ref
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from hpc_moe import Buffer, LowLatencyHandle
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, needs_low_latency]
 
 MOST_TOKENS, MOST_HIDDEN, MOST_LOCAL_EXPERTS = 24, 2048, 6
 

@@ -5,6 +5,8 @@ so that the launcher ends nobody early, and leave without MPI_Finalize, which wo
 
 VICTIM is the rank that fails. How (VALUE): `silent` (lives, but does not call), `stopped` (SIGSTOP), `killed` (SIGKILL;
 under `mpirun --continuous`, which leaves the others alone).
+
+With HPC_MOE_TEST_DEVICE=cuda the tensors lie on GPUs, and the buffers have no low-latency mode, which CUDA has not yet.
 """
 
 from __future__ import annotations
@@ -33,24 +35,28 @@ TOKENS, HIDDEN, LOCAL_EXPERTS, MAX_TOKENS = 4, 128, 2, 8
 
 comm = MPI.COMM_WORLD
 rank, size = comm.rank, comm.size
+ON_CUDA = os.environ.get("HPC_MOE_TEST_DEVICE") == "cuda"
+DEVICE = torch.device("cuda", rank % torch.cuda.device_count()) if ON_CUDA else torch.device("cpu")
 EXPERTS = LOCAL_EXPERTS * size
 Results = dict[str, Any]
 
 
 def make_buffer(**changes: Any) -> Buffer:
-    arguments = {"num_nvl_bytes": 2**21, "num_rdma_bytes": 2**21, "low_latency_mode": True, "device": "cpu"}
+    arguments: Results = {"num_nvl_bytes": 2**23 if ON_CUDA else 2**21, "device": str(DEVICE)}
+    if not ON_CUDA:
+        arguments |= {"num_rdma_bytes": 2**21, "low_latency_mode": True}
     if "RANKS_PER_NODE" in os.environ:
         arguments["ranks_per_node"] = int(os.environ["RANKS_PER_NODE"])
     return Buffer(comm, **{**arguments, "timeout": TIMEOUT, **changes})
 
 
 def rows() -> torch.Tensor:
-    return (16 * rank + torch.arange(TOKENS)).to(torch.bfloat16)[:, None].repeat(1, HIDDEN)
+    return (16 * rank + torch.arange(TOKENS, device=DEVICE)).to(torch.bfloat16)[:, None].repeat(1, HIDDEN)
 
 
 def everywhere() -> torch.Tensor:
     """`[TOKENS, R]`: every token selects the first expert of every rank."""
-    return (LOCAL_EXPERTS * torch.arange(size)).repeat(TOKENS, 1)
+    return (LOCAL_EXPERTS * torch.arange(size, device=DEVICE)).repeat(TOKENS, 1)
 
 
 ONES = torch.ones(TOKENS, size)
@@ -63,7 +69,8 @@ class Calls:
     def __init__(self, buffer: Buffer) -> None:
         self.buffer = buffer
         self.recv_x, _, _, _, self.handle, _ = buffer.dispatch(rows(), topk_idx=everywhere(), num_experts=EXPERTS)
-        self.low_x, _, self.low_handle, _, _ = self._low_latency_dispatch()
+        if buffer.low_latency_mode:
+            self.low_x, _, self.low_handle, _, _ = self._low_latency_dispatch()
 
     def dispatch(self) -> object:
         return self.buffer.dispatch(rows(), topk_idx=everywhere(), num_experts=EXPERTS)
@@ -161,8 +168,13 @@ def lost_in_calls(what: str) -> None:
 
 
 def seen_by_a_survivor(buffer: Buffer, calls: Calls, name: str) -> Results:
-    results: Results = {"call": timed(getattr(calls, name))}
-    results["later"] = {other: timed(getattr(calls, other)) for other in ("dispatch", "low_latency_dispatch", "check")}
+    def call() -> None:
+        getattr(calls, name)()
+        buffer.check()  # where the error of a call shows in which the CPU does not wait
+
+    results: Results = {"call": timed(call)}
+    others = ("dispatch", "combine" if ON_CUDA else "low_latency_dispatch", "check")
+    results["later"] = {other: timed(getattr(calls, other)) for other in others}
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
         results["destroy"] = timed(buffer.destroy)
@@ -258,6 +270,9 @@ def dropped(how: str) -> None:
 
 
 if __name__ == "__main__":
+    if ON_CUDA:
+        torch.cuda.set_device(DEVICE)
+        torch.zeros(1, device=DEVICE)
     comm.Barrier()  # starting up takes each rank as long as it takes
     scenario, directory = sys.argv[1], Path(sys.argv[2])
     globals()[scenario](sys.argv[3] if len(sys.argv) > 3 else "silent")
