@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +21,8 @@ from mpi4py import MPI
 import hpc_moe
 
 
-def machine() -> dict[str, Any]:
-    """The machine and the versions that a result was measured with."""
+def machine(gpu: bool = False) -> dict[str, Any]:
+    """The machine and the versions that a result was measured with; with `gpu`, of its GPUs too."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
     return {
@@ -30,7 +33,32 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "mpi": MPI.Get_library_version().split(",")[0].strip("\0 \n"),
         "hpc_moe": hpc_moe.__version__,
+        **(_gpu_facts() if gpu else {}),
     }
+
+
+@functools.cache
+def _gpu_facts() -> dict[str, Any]:
+    current = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "gpu": current.name,
+        "gpu_count": torch.cuda.device_count(),
+        "gpu_memory_gib": round(current.total_memory / 2**30, 1),
+        "gpu_sms": current.multi_processor_count,
+        "compute_capability": f"{current.major}.{current.minor}",
+        "driver": _driver_version(),
+        "cuda": torch.version.cuda,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+    }
+
+
+def _driver_version() -> str:
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return "unknown"
+    command = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+    lines = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.splitlines()
+    return lines[0].strip() if lines else "unknown"
 
 
 def time_calls(comm: MPI.Intracomm, call: Callable[[], Any], iterations: int, warmup: int = 5) -> list[float]:
@@ -48,10 +76,14 @@ def time_calls(comm: MPI.Intracomm, call: Callable[[], Any], iterations: int, wa
     return [float(s) for s in slowest]
 
 
-def summary(seconds: list[float]) -> dict[str, float]:
-    """Median and spread, in milliseconds."""
-    ms = sorted(1e3 * s for s in seconds)
-    return {"median_ms": statistics.median(ms), "p10_ms": ms[len(ms) // 10], "p90_ms": ms[len(ms) * 9 // 10]}
+def summary(seconds: list[float], unit: str = "ms") -> dict[str, float]:
+    """Median and spread, in milliseconds (`"ms"`) or microseconds (`"us"`)."""
+    values = sorted({"ms": 1e3, "us": 1e6}[unit] * s for s in seconds)
+    return {
+        f"median_{unit}": statistics.median(values),
+        f"p10_{unit}": values[len(values) // 10],
+        f"p90_{unit}": values[len(values) * 9 // 10],
+    }
 
 
 def reset_peak_memory() -> dict[str, int]:
@@ -70,7 +102,7 @@ def _status(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Write results, with the machine, as JSON."""
+def write_results(path: Path, results: dict[str, Any], gpu: bool = False) -> None:
+    """Write results, with the machine (and its GPUs), as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), **results}, indent=2) + "\n")
+    path.write_text(json.dumps({"machine": machine(gpu), **results}, indent=2) + "\n")

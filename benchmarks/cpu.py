@@ -71,7 +71,7 @@ def normal_calls(comm: MPI.Intracomm, options: argparse.Namespace) -> dict[str, 
 
     hand_memory = measure_memory(comm, theirs)
     num_bytes = hpc_moe.Config().get_nvl_buffer_size_hint(2 * options.hidden, comm.size)
-    with hpc_moe.Buffer(comm, num_bytes) as buffer:
+    with hpc_moe.Buffer(comm, num_bytes, device="cpu") as buffer:
 
         def ours() -> torch.Tensor:
             return library_round(buffer, x, topk_idx, topk_weights, options.experts)
@@ -111,7 +111,7 @@ def low_latency_calls(comm: MPI.Intracomm, options: argparse.Namespace) -> dict[
     topk_weights = make_topk_weights(topk_idx, generator)
     num_bytes = hpc_moe.Buffer.get_low_latency_rdma_size_hint(most, options.hidden, comm.size, options.experts)
     results: dict[str, Any] = {"tokens": most}
-    with hpc_moe.Buffer(comm, 0, num_bytes, low_latency_mode=True) as buffer:
+    with hpc_moe.Buffer(comm, 0, num_bytes, low_latency_mode=True, device="cpu") as buffer:
         for name, weights in (("row per expert", None), ("weights at dispatch", topk_weights)):
             for use_fp8 in (True, False):
 
