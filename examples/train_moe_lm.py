@@ -97,11 +97,21 @@ def prepare(options: argparse.Namespace, comm: MPI.Intracomm) -> tuple[Settings,
     return settings, content, until
 
 
+def choose_gpu(comm: MPI.Intracomm) -> None:
+    """Make the GPU with the number of the local rank the current one, where a process sees several."""
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    if torch.cuda.device_count() > 1:
+        torch.cuda.set_device(node.Get_rank() % torch.cuda.device_count())
+    node.Free()
+
+
 def train(
     settings: Settings, content: dict[str, Any] | None, until: int, options: argparse.Namespace, comm: MPI.Intracomm
 ) -> None:
     """The whole job. Collective."""
     rank = comm.Get_rank()
+    if options.device == "cuda":
+        choose_gpu(comm)
     text = read_stdlib(comm, settings.max_bytes, settings.seed)
     hint = hpc_moe.Config().get_nvl_buffer_size_hint(settings.hidden * 2, comm.Get_size())
     with hpc_moe.Buffer(comm, hint, device=options.device) as buffer:

@@ -220,7 +220,8 @@ class Buffer:
         except ArgumentError as error:
             raise ArgumentError(f"Buffer.{name}: {error}") from None
         except BaseException as error:
-            backend.broken = backend.broken or f"{name}: {type(error).__name__}: {error}"
+            if not backend.is_in_step(error):
+                backend.broken = backend.broken or f"{name}: {type(error).__name__}: {error}"
             if isinstance(error, RuntimeError) and not isinstance(error, Error):
                 raise Error(f"Buffer.{name}: {error}") from error
             raise

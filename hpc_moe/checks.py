@@ -223,17 +223,23 @@ class BufferFacts:
     layout: Any  # Callable[[torch.Tensor, int], Layout]
 
 
+def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor; on CUDA as it is, for a copy must be made on the stream that the call runs on."""
+    return tensor if tensor.is_cuda else tensor.contiguous()
+
+
 def topk_indices(facts: BufferFacts, topk_idx: Any, num_tokens: int | str = "num_tokens") -> torch.Tensor:
-    """`topk_idx`, contiguous."""
+    """`topk_idx`, contiguous on CPU."""
     checked = tensor("topk_idx", topk_idx, torch.int64, [num_tokens, "top_k"], facts.device)
     if checked.shape[1] < 1:
         raise ArgumentError(f"topk_idx must select at least one expert a token; got shape {list(checked.shape)}")
-    return checked.contiguous()
+    return _contiguous(checked)
 
 
 def weights_like(facts: BufferFacts, topk_weights: Any, topk_idx: torch.Tensor) -> torch.Tensor:
     """`topk_weights` of the shape of `topk_idx`, contiguous."""
-    return tensor("topk_weights", topk_weights, torch.float32, list(topk_idx.shape), facts.device).detach().contiguous()
+    checked = tensor("topk_weights", topk_weights, torch.float32, list(topk_idx.shape), facts.device)
+    return _contiguous(checked.detach())
 
 
 def tokens_and_scales(facts: BufferFacts, x: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -363,7 +369,7 @@ def _layout(
     if num_experts not in (None, experts):
         raise ArgumentError(f"num_experts must be the length of num_tokens_per_expert, {experts}; got {num_experts!r}")
     if facts.device.type == "cuda":  # values are compared there
-        return Layout(per_rank.contiguous(), per_node, per_expert.contiguous(), in_rank.contiguous())
+        return Layout(per_rank, per_node, per_expert, in_rank)
     # A copy of the flags, because the handle keeps them: the caller may change its own.
     layout = Layout(per_rank.contiguous(), per_node, per_expert.contiguous(), in_rank.clone().contiguous())
     _compare_layout(facts, layout, None if idx is None else facts.layout(idx, experts))
@@ -407,12 +413,12 @@ def combine_request(facts: BufferFacts, x: Any, handle: Any, topk_weights: Any, 
             raise ArgumentError("topk_weights must be None: the dispatch had no topk_idx")
         columns = [] if handle.expert_layout == "grouped" else [handle.top_k]
         shape = [handle.num_rows, *columns]
-        weights = tensor("topk_weights", topk_weights, torch.float32, shape, facts.device).detach().contiguous()
+        weights = _contiguous(tensor("topk_weights", topk_weights, torch.float32, shape, facts.device).detach())
     biases = list(bias) if isinstance(bias, (tuple, list)) else [] if bias is None else [bias]
     if len(biases) > 2:
         raise ArgumentError(f"bias must be None, a tensor or up to two; got {len(biases)}")
     checked = [
-        tensor("bias", one, torch.bfloat16, [handle.num_tokens, hidden], facts.device).contiguous()
+        _contiguous(tensor("bias", one, torch.bfloat16, [handle.num_tokens, hidden], facts.device))
         for one in biases
         if one is not None
     ]

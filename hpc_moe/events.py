@@ -33,7 +33,9 @@ class EventOverlap:
         """
         if self._check is not None:
             self._check()
-        if self.event is not None:
+        if isinstance(self.event, torch.cuda.Event):  # of the buffer's GPU, which need not be the current one
+            self.event.wait(torch.cuda.current_stream(self.event.device))
+        elif self.event is not None:
             self.event.wait()
 
     def __enter__(self) -> EventOverlap:

@@ -61,6 +61,8 @@ class DispatchHandle:
         On CUDA, after a dispatch with `num_worst_tokens`, the first reading waits for the GPU.
         """
         if self._num_recv_tokens is None:
+            if self.recv_rank_prefix_sum.is_cuda:  # it may be on its way on another stream than the current one
+                torch.cuda.synchronize(self.recv_rank_prefix_sum.device)
             self._num_recv_tokens = int(self.recv_rank_prefix_sum[-1])
         return self._num_recv_tokens
 

@@ -201,11 +201,12 @@ void bind_runtime(py::module_& module) {
             py::arg("params"), py::arg("agreed"), py::arg("num_blocks"), py::arg("stream"))
         .def(
             "launch_reject",
-            [](CudaRuntime& self, int operation, const std::string& text, uintptr_t stream) {
-                self.launch_reject(operation, text, stream_at(stream));
+            [](CudaRuntime& self, int operation, const std::string& text, bool behind_exchange, uintptr_t stream) {
+                self.launch_reject(operation, text, behind_exchange, stream_at(stream));
             },
-            py::arg("operation"), py::arg("text"), py::arg("stream"))
+            py::arg("operation"), py::arg("text"), py::arg("behind_exchange"), py::arg("stream"))
         .def("has_error", &CudaRuntime::has_error)
+        .def("has_timeout", &CudaRuntime::has_timeout)
         .def(
             "take_error",
             [](CudaRuntime& self, int num_ranks) -> py::object {

@@ -44,25 +44,32 @@ struct Plan {
     bool go;
 };
 
-// Warp 0, after all ranks have entered.
-__device__ void make_plan(const CombineParams& p, uint64_t epoch, Plan& plan) {
+// Warp 0, before the peers have entered.
+__device__ void begin_plan(const CombineParams& p, Plan& plan) {
     const int lane = threadIdx.x % 32, ranks = p.call.num_ranks;
-    int passes = 1, rows = 0;
+    int rows = 0;
     if (lane < ranks) {
         const int first = lane > 0 ? p.rank_prefix_matrix[(lane - 1) * ranks + p.call.rank] : 0;
         rows = p.rank_prefix_matrix[lane * ranks + p.call.rank] - first;
         plan.first_from[lane] = first;
         plan.rows_from[lane] = rows;
-        plan.num_tokens[lane] = static_cast<int>(entry_of(p.call, epoch, lane).num_tokens);
-        if (ranks > 1) passes = max(1, (plan.num_tokens[lane] + p.stage.num_slots - 1) / p.stage.num_slots);
         if (lane == p.call.rank) rows = 0;
     }
     rows = __reduce_max_sync(~0u, rows);
-    passes = __reduce_max_sync(~0u, passes);
-    if (lane == 0) {
-        plan.most_rows = rows;
-        plan.num_passes = passes;
+    if (lane == 0) plan.most_rows = rows;
+    __syncwarp();
+}
+
+// Warp 0, after all ranks have entered.
+__device__ void finish_plan(const CombineParams& p, uint64_t epoch, Plan& plan) {
+    const int lane = threadIdx.x % 32, ranks = p.call.num_ranks;
+    int passes = 1;
+    if (lane < ranks) {
+        plan.num_tokens[lane] = static_cast<int>(entry_of(p.call, epoch, lane).num_tokens);
+        if (ranks > 1) passes = max(1, (plan.num_tokens[lane] + p.stage.num_slots - 1) / p.stage.num_slots);
     }
+    passes = __reduce_max_sync(~0u, passes);
+    if (lane == 0) plan.num_passes = passes;
     __syncwarp();
 }
 
@@ -440,6 +447,7 @@ __device__ void sum(const CombineParams& p, const Plan& plan, uint64_t epoch) {
             const int slot = unit / kSumParts * kTokensPerBatch;
             const Batch batch = load_batch(p, begin_token + slot, slot, min(kTokensPerBatch, tokens - slot));
             if (!wait_for_rows(p, batch, pass_tag(epoch, pass))) return;
+            stress_sleep(p.call);
             sum_batch(p, plan, batch, unit % kSumParts);
             if (plan.num_passes > 1 && threadIdx.x % 32 == 0) count_drained(p, epoch, pass, expected);
         }
@@ -457,8 +465,9 @@ __global__ void __launch_bounds__(kThreadsPerBlock, 1) combine(const __grid_cons
     const uint64_t epoch = begin_epoch(p.call);
     if constexpr (kBulkCopies) init_pipelines();
     if (threadIdx.x < 32) {
+        begin_plan(p, plan);
         const bool go = meet(p.call, epoch);
-        if (go) make_plan(p, epoch, plan);
+        if (go) finish_plan(p, epoch, plan);
         if (threadIdx.x == 0) plan.go = go;
     }
     __syncthreads();

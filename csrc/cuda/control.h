@@ -91,6 +91,7 @@ constexpr uint32_t kExchangeFailed = 0xffffffffu;  // in place of the rows of Ho
 // Page-locked host memory, mapped into the device.
 struct HostRecord {
     ErrorRecord error;
+    ErrorRecord timeout;                   // has room of its own: there is one in the life of a buffer
     uint64_t started;                      // number of the last exchange that began
     uint64_t result;                       // its number << 32 | rows that this rank receives; written last
     int32_t num_recv_tokens;               // received tokens; other than rows in the grouped layout

@@ -528,6 +528,7 @@ __device__ void drain(const DispatchParams& p, const Plan& plan, uint64_t epoch)
             }
             if (!__all_sync(~0u, there)) return;
             __syncwarp();  // what lane 0 has acquired, all have
+            stress_sleep(p.call);
             uint8_t* row = p.call.windows[p.call.rank] + p.stage.offset + source * p.stage.region_bytes +
                            slot * p.stage.slot_bytes;
             const int begin = min(part * part_bytes, p.row_bytes), end = min(begin + part_bytes, p.row_bytes);
@@ -583,6 +584,7 @@ __device__ __noinline__ void mark_unused(const DispatchParams& p, const Plan& pl
 
 // Warp 0 of the last block: tells every peer that all of this rank's rows are there, and waits for theirs.
 __device__ void tell_arrivals(const DispatchParams& p, uint64_t epoch) {
+    stress_sleep(p.call);
     const int lane = threadIdx.x % 32;
     if (lane < p.call.num_ranks) store_release_sys(&control_of(p.call, lane)->arrived[p.call.rank], epoch);
 }
@@ -594,11 +596,34 @@ __device__ void wait_for_arrivals(const DispatchParams& p, uint64_t epoch) {
     }
 }
 
+// All threads of a block, for an uncached call that does not take place: the handle and the results say that nothing
+// was sent, so that a combine with this handle reads nothing that is not there.
+__device__ __noinline__ void clear_call(const DispatchParams& p) {
+    const int ranks = p.call.num_ranks, width = p.grouped ? 1 : p.top_k;
+    for (int i = threadIdx.x; i < ranks * ranks; i += blockDim.x) const_cast<int32_t*>(p.rank_prefix_matrix)[i] = 0;
+    for (int64_t i = threadIdx.x; i < static_cast<int64_t>(p.num_tokens) * ranks; i += blockDim.x) {
+        const_cast<int32_t*>(p.send_position)[i] = -1;
+    }
+    for (int64_t i = threadIdx.x; i < static_cast<int64_t>(p.num_rows) * width; i += blockDim.x) {
+        if (p.recv_topk_index) p.recv_topk_index[i] = -1;
+        if (p.recv_topk_weights) p.recv_topk_weights[i] = 0.0f;
+    }
+    for (int i = threadIdx.x; i < p.num_rows; i += blockDim.x) {
+        if (p.recv_source_index) p.recv_source_index[i] = -1;
+    }
+    for (int64_t i = threadIdx.x; p.grouped && i < static_cast<int64_t>(p.num_rows) * p.top_k; i += blockDim.x) {
+        p.grouped_rows[i] = -1;
+    }
+}
+
 template <bool kBulkCopies>
 __global__ void __launch_bounds__(kThreadsPerBlock, 1) dispatch(const __grid_constant__ DispatchParams p) {
     if constexpr (kBulkCopies && !HPC_MOE_HAS_BULK_COPIES) return;  // never launched there
     __shared__ Plan plan;
-    if (p.call.behind_exchange && p.call.state->refused) return;
+    if (p.call.behind_exchange && p.call.state->refused) {
+        if (blockIdx.x == 0 && p.marks_unused) clear_call(p);
+        return;
+    }
     const uint64_t epoch = begin_epoch(p.call);
     const bool sends = is_sender(p.pipeline);
     WarpPipeline pipeline;
@@ -630,7 +655,8 @@ __global__ void __launch_bounds__(kThreadsPerBlock, 1) dispatch(const __grid_con
         tell_arrivals(p, epoch);
     }
     if (!is_last_block(p.call)) return;
-    if (plan.go && threadIdx.x < 32) {
+    if (!plan.go && p.marks_unused) clear_call(p);
+    if (plan.go && threadIdx.x < 32 && !load_relaxed_gpu(&p.call.state->gave_up)) {
         tell_arrivals(p, epoch);
         wait_for_arrivals(p, epoch);
         if (threadIdx.x == 0) count_passes(p.call, plan.num_passes);

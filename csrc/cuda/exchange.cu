@@ -21,6 +21,7 @@ constexpr int kThreads = 256;
 
 __device__ void send_expert_counts(const ExchangeParams& p, uint64_t epoch) {
     const int total = p.num_local_experts * p.call.num_ranks;
+    stress_sleep(p.call);
     for (int expert = threadIdx.x; expert < total; expert += blockDim.x) {
         const int owner = expert / p.num_local_experts, local = expert % p.num_local_experts;
         control_of(p.call, owner)->expert_counts[epoch & 1][p.call.rank][local] = p.per_expert[expert];
@@ -160,9 +161,11 @@ struct Text {
 };
 
 __global__ void __launch_bounds__(32) reject(const __grid_constant__ Call call, const __grid_constant__ Text text) {
+    if (call.behind_exchange && call.state->refused) return;  // nobody goes on
     const uint64_t epoch = begin_epoch(call);
     enter(call, epoch, EntryStatus::kRejected, nullptr, kNoBadValue, text.characters);
-    wait_for_entries(call, epoch);  // or a second rejection could overwrite this one
+    wait_for_entries(call, epoch);                              // or a second rejection could overwrite this one
+    if (threadIdx.x == 0) call.state->bad_value = kNoBadValue;  // of a layout that led to nothing
     end_epoch(call, epoch);
 }
 

@@ -75,7 +75,11 @@ Window::Window(int device, int64_t num_bytes) : device_(device), num_bytes_(num_
 
 Window::~Window() {
     // At the end of the process CUDA may be gone before the last tensor: nothing can be done about an error here.
-    if (cudaSetDevice(device_) == cudaSuccess) cudaFree(address_);
+    int before = 0;
+    if (cudaGetDevice(&before) == cudaSuccess && cudaSetDevice(device_) == cudaSuccess) {
+        cudaFree(address_);
+        cudaSetDevice(before);
+    }
     cudaGetLastError();
 }
 
@@ -296,25 +300,24 @@ int64_t CudaRuntime::wait_for_exchange(uint32_t number, cudaStream_t stream) con
     DeviceGuard guard(device_);
     using Clock = std::chrono::steady_clock;
     const auto limit = std::chrono::duration<double>(timeout_ + 10.0);  // the kernel itself gives up after timeout_
-    const volatile uint64_t* result = &host_->result;
-    const volatile uint64_t* started = &host_->started;
+    const auto result = [this] { return __atomic_load_n(&host_->result, __ATOMIC_ACQUIRE); };
     bool is_running = false;
     Clock::time_point begin;
-    for (uint64_t polls = 1; *result >> 32 != number; ++polls) {
+    for (uint64_t polls = 1; result() >> 32 != number; ++polls) {
         if (polls % 1024 != 0) continue;
         sched_yield();
         const cudaError_t code = cudaStreamQuery(stream);
         if (code != cudaErrorNotReady) {
             check(code, "the exchange of counts");
-            if (*result >> 32 != number) throw std::runtime_error("the exchange of counts ended without a result");
+            if (result() >> 32 != number) throw std::runtime_error("the exchange of counts ended without a result");
         }
-        if (!is_running && *started == number) {
+        if (!is_running && __atomic_load_n(&host_->started, __ATOMIC_RELAXED) == number) {
             is_running = true;
             begin = Clock::now();
         }
         if (is_running && Clock::now() - begin > limit) throw std::runtime_error("the exchange of counts does not end");
     }
-    const auto rows = static_cast<uint32_t>(*result);
+    const auto rows = static_cast<uint32_t>(result());
     return rows == kExchangeFailed ? -1 : static_cast<int64_t>(rows);
 }
 
@@ -350,9 +353,11 @@ void CudaRuntime::launch_combine(CombineParams params, const std::vector<int64_t
     cuda::launch_combine(params, {blocks, bulk_copies_, stream});
 }
 
-void CudaRuntime::launch_reject(int operation, const std::string& text, cudaStream_t stream) {
+void CudaRuntime::launch_reject(int operation, const std::string& text, bool behind_exchange, cudaStream_t stream) {
     DeviceGuard guard(device_);
-    cuda::launch_reject(make_call(static_cast<Operation>(operation), {}, 0, -1), text.c_str(), stream);
+    Call call = make_call(static_cast<Operation>(operation), {}, 0, -1);
+    call.behind_exchange = behind_exchange;
+    cuda::launch_reject(call, text.c_str(), stream);
 }
 
 std::pair<uint64_t, uint64_t> CudaRuntime::passes(int operation) const {
@@ -362,15 +367,23 @@ std::pair<uint64_t, uint64_t> CudaRuntime::passes(int operation) const {
     return {state.passes[operation], state.last_passes[operation]};
 }
 
+bool CudaRuntime::has_timeout() const {
+    return host_ && !took_timeout_ && __atomic_load_n(&host_->timeout.sequence, __ATOMIC_ACQUIRE) != 0;
+}
+
 bool CudaRuntime::has_error() const {
-    const volatile ErrorRecord& error = host_->error;
-    return error.sequence != error.acknowledged;
+    if (!host_) return false;
+    return has_timeout() || __atomic_load_n(&host_->error.sequence, __ATOMIC_ACQUIRE) != host_->error.acknowledged;
 }
 
 std::optional<ErrorRecord> CudaRuntime::take_error() {
     if (!has_error()) return std::nullopt;
+    if (has_timeout()) {
+        took_timeout_ = true;
+        return host_->timeout;
+    }
     ErrorRecord error = host_->error;
-    *const_cast<volatile uint32_t*>(&host_->error.acknowledged) = error.sequence;
+    __atomic_store_n(&host_->error.acknowledged, error.sequence, __ATOMIC_RELEASE);
     return error;
 }
 

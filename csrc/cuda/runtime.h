@@ -82,7 +82,7 @@ class CudaRuntime {
     // Where results may lie in the window: behind the control data and the stage.
     int64_t pool_offset() const { return kControlBytes + stage_bytes_; }
     int64_t pool_bytes() const { return window_bytes_ - stage_bytes_; }
-    // Rows of a source that the stage holds, in slots of these parts (of a dispatch, or with is_sum of a combine).
+    // Rows of a source that the stage holds at a time, each with all that may travel with it.
     int num_slots(int row_bytes, int num_scales, int top_k) const;
 
     // --- calls. agreed: values that must be equal on all ranks.
@@ -99,11 +99,13 @@ class CudaRuntime {
                          const std::vector<uintptr_t>& landing, bool behind_exchange, int num_blocks,
                          cudaStream_t stream);
     void launch_combine(CombineParams params, const std::vector<int64_t>& agreed, int num_blocks, cudaStream_t stream);
-    void launch_reject(int operation, const std::string& text, cudaStream_t stream);
+    // behind_exchange: in place of the dispatch that follows an exchange.
+    void launch_reject(int operation, const std::string& text, bool behind_exchange, cudaStream_t stream);
 
     // --- reports
 
     bool has_error() const;
+    bool has_timeout() const;
     // The error that kernels reported, once.
     std::optional<ErrorRecord> take_error();
     const HostRecord& host_record() const { return *host_; }
@@ -129,6 +131,7 @@ class CudaRuntime {
     HostRecord* host_on_device_ = nullptr;
     uint32_t num_exchanges_ = 0;
     bool available_ = false;
+    bool took_timeout_ = false;
 };
 
 }  // namespace hpc_moe::cuda

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UnavailableError
+from ..errors import ArgumentError, UnavailableError
 from ..events import EventOverlap
 from ..handles import LowLatencyHandle
 from .requests import (
@@ -71,6 +71,10 @@ class Backend(ABC):
     @abstractmethod
     def reject(self, name: str, error: Exception) -> None:
         """Take part in a call whose arguments this rank rejects: tell the others why, so that they raise too."""
+
+    def is_in_step(self, error: BaseException) -> bool:
+        """Whether all ranks know of an error that ended a call under way here, so that the next call works."""
+        return isinstance(error, ArgumentError)
 
     @abstractmethod
     def check(self, wait: bool = False) -> None:

@@ -113,13 +113,6 @@ __device__ inline void expect_bytes(uint64_t* barrier, uint32_t bytes) {
 #endif
 }
 
-// What this thread knows to have been written (by an acquire, say) is visible to the bulk loads that it starts.
-__device__ inline void fence_before_bulk_loads() {
-#if HPC_MOE_HAS_BULK_COPIES
-    asm volatile("fence.proxy.async.global;" ::: "memory");
-#endif
-}
-
 // Starts copying global memory into shared memory, which counts for the barrier.
 __device__ inline void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
 #if HPC_MOE_HAS_BULK_COPIES

@@ -34,18 +34,20 @@ __device__ inline void publish_error(const Call& call) {
     __threadfence_system();
 }
 
-// One thread: records that a wait took too long, and makes all others give up.
+// One thread: records that a wait took too long, and makes all others give up. Only the first one reports, so there is
+// nothing to claim, and no other error can hide this one.
 __device__ inline void give_up(const Call& call, Missing missing, int peer, uint64_t got, uint64_t wanted) {
-    if (atomicExch(&call.state->gave_up, 1u) == 0u && claim_error(call)) {
-        ErrorRecord& error = call.host->error;
-        error.kind = ErrorKind::kTimeout;
-        error.operation = call.operation;
-        error.peer = peer;
-        error.missing = missing;
-        error.numbers[0] = got;
-        error.numbers[1] = wanted;
-        publish_error(call);
-    }
+    if (atomicExch(&call.state->gave_up, 1u) != 0u) return;
+    ErrorRecord& error = call.host->timeout;
+    error.kind = ErrorKind::kTimeout;
+    error.operation = call.operation;
+    error.peer = peer;
+    error.missing = missing;
+    error.numbers[0] = got;
+    error.numbers[1] = wanted;
+    __threadfence_system();
+    *const_cast<volatile uint32_t*>(&error.sequence) = 1;
+    __threadfence_system();
 }
 
 // One thread: waits until a word that a peer writes is at least `wanted` (acquire). False: the call gave up.
@@ -75,6 +77,7 @@ __device__ inline uint64_t pass_tag(uint64_t epoch, int pass) { return epoch * k
 __device__ inline void enter(const Call& call, uint64_t epoch, EntryStatus status, const int32_t* counts,
                              uint64_t detail, const char* text) {
     const int lane = threadIdx.x % 32;
+    stress_sleep(call);
     if (lane < call.num_ranks) {
         Entry& entry = control_of(call, lane)->entries[epoch & 1][call.rank];
         entry.operation = call.operation;
@@ -101,7 +104,9 @@ __device__ inline bool wait_for_entries(const Call& call, uint64_t epoch) {
     const int lane = threadIdx.x % 32;
     bool here = true;
     if (lane < call.num_ranks) here = wait_for(call, &entry_of(call, epoch, lane).epoch, epoch, Missing::kEntry, lane);
-    return __all_sync(~0u, here);
+    here = __all_sync(~0u, here);
+    __syncwarp();  // what one lane has acquired, all have
+    return here;
 }
 
 // What the entries say about going on: kind 0 if nothing speaks against it.
@@ -170,7 +175,7 @@ __device__ inline bool meet(const Call& call, uint64_t epoch) {
         const uint32_t rows_needed = call.behind_exchange ? call.state->rows_needed : 0;
         enter(call, epoch, rows_needed ? EntryStatus::kTooSmall : EntryStatus::kFine, nullptr, rows_needed, nullptr);
     }
-    if (breaks(call, Mutation::kSendWithoutEntries)) return true;
+    if (breaks(call, Mutation::kSendWithoutEntries) && epoch > 2) return true;  // there are older entries
     if (!wait_for_entries(call, epoch)) return false;
     const Objection objection = find_objection(call, epoch, false);
     if (objection.kind != 0 && blockIdx.x == 0) report_objection(call, epoch, objection);

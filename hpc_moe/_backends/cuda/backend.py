@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -54,6 +55,14 @@ class Counter:
     wait_seconds: float = 0.0
 
 
+class Entered(Enum):
+    """What a call under way has launched that the peers wait for."""
+
+    NOTHING = 0
+    EXCHANGE = 1  # and what follows is still to be launched
+    ALL = 2
+
+
 class CudaBackend(Backend):
     """The runtime on CUDA tensors, for the ranks of one node. Construction is collective: all fail, or none."""
 
@@ -76,25 +85,18 @@ class CudaBackend(Backend):
         self.masked: set[int] = set()
         self.broken = ""
         with group.step("choosing the GPU"):
-            self._refuse_what_is_missing(num_rdma_bytes, low_latency_mode)
+            self._refuse_what_is_missing(low_latency_mode)
             self.device = torch.device("cuda", choose_device(device, topology))
             torch.cuda.init()
-        with group.step("creating the runtime"):
-            # All GPU memory of the runtime is its own (cudaMalloc): torch's may not be opened by peers.
-            try:
-                self.runtime = _C.CudaRuntime(
-                    self.rank,
-                    self.num_ranks,
-                    self.device.index,
-                    num_nvl_bytes,
-                    timeout,
-                    shares_gpus(),
-                    os.environ.get(NO_BULK_VARIABLE) != "1",
-                    int(os.environ.get(_SEED_VARIABLE, "0")) * (self.rank + 1),
-                    int(os.environ.get(_MUTATION_VARIABLE, "0")),
-                )
-            except ValueError as error:
-                raise ArgumentError(str(error)) from None
+            if device is None or torch.device(device).index is None:
+                torch.cuda.set_device(self.device)  # so that the caller's "cuda" is this one, too
+        try:
+            with group.step("creating the runtime"):
+                self.runtime = self._make_runtime(num_nvl_bytes)
+        except (ArgumentError, BootstrapError):
+            if hasattr(self, "runtime"):  # another rank failed; nobody has been given a handle to this memory
+                self.runtime.free()
+            raise
         try:
             connect(group, topology, self.runtime, low_latency_mode)
         except (ArgumentError, BootstrapError, UnavailableError):
@@ -103,14 +105,35 @@ class CudaBackend(Backend):
                 pass
             self.runtime.free()
             raise
-        self.pool = Pool(self.runtime.window, self.runtime.pool_offset, self.runtime.pool_bytes, self.device)
+        self.pool: Pool | None = Pool(
+            self.runtime.window, self.runtime.pool_offset, self.runtime.pool_bytes, self.device
+        )
         self.comm_stream = torch.cuda.Stream(self.device, priority=-1)
         self.epoch = 0
         self.counters = {name: Counter() for name in OPERATIONS[:2]}
         self._agreed_names: dict[str, list[str]] = {}
         self._pending: Error | None = None
+        self.entered = Entered.NOTHING
+        self._told = False  # whether the peers were told that the last call failed here
 
-    def _refuse_what_is_missing(self, num_rdma_bytes: int, low_latency_mode: bool) -> None:
+    def _make_runtime(self, num_nvl_bytes: int) -> _C.CudaRuntime:
+        """The runtime, whose GPU memory is its own (cudaMalloc): torch's may not be opened by peers."""
+        try:
+            return _C.CudaRuntime(
+                self.rank,
+                self.num_ranks,
+                self.device.index,
+                num_nvl_bytes,
+                self.timeout,
+                shares_gpus(),
+                os.environ.get(NO_BULK_VARIABLE) != "1",
+                int(os.environ.get(_SEED_VARIABLE, "0")) * (self.rank + 1),
+                int(os.environ.get(_MUTATION_VARIABLE, "0")),
+            )
+        except ValueError as error:
+            raise ArgumentError(str(error)) from None
+
+    def _refuse_what_is_missing(self, low_latency_mode: bool) -> None:
         if low_latency_mode:
             raise UnavailableError(
                 "low_latency_mode: low-latency calls run on CPU tensors only, so far; use device='cpu'"
@@ -121,8 +144,6 @@ class CudaBackend(Backend):
             )
         if self.num_ranks > _C.CUDA_MAX_RANKS:
             raise UnavailableError(f"device='cuda': at most {_C.CUDA_MAX_RANKS} ranks on a node; got {self.num_ranks}")
-        if num_rdma_bytes > 0:
-            raise UnavailableError("num_rdma_bytes: on CUDA there is no traffic between nodes, so far; pass 0")
 
     # --- calls ---------------------------------------------------------------------------------------------------
 
@@ -134,9 +155,11 @@ class CudaBackend(Backend):
     ) -> tuple[Layout, EventOverlap]:
         self._check_sizes(topk_idx.shape[1], num_experts)
         pending = self._take_pending()
-        with Lane(self.comm_stream, streams) as lane:
+        with self.lane(streams) as lane:
             lane.uses(topk_idx)
-            counted = launch_layout(self, lane, topk_idx, None, num_experts, for_exchange=False, grouped=False)
+            counted = launch_layout(
+                self, lane, topk_idx.contiguous(), None, num_experts, for_exchange=False, grouped=False
+            )
         if pending is not None:
             raise pending
         return counted.layout, self._known(lane.event)
@@ -160,6 +183,13 @@ class CudaBackend(Backend):
         else:
             top_k, num_scales = request.handle.top_k, 0
             row_bytes = request.x.shape[1] * (4 if request.handle.expert_layout == "grouped" else 2)
+        if isinstance(request, DispatchRequest) and request.handle is None:
+            local = request.num_experts // self.num_ranks
+            if request.expert_alignment * local > 2**30:
+                raise ArgumentError(
+                    f"expert_alignment must be at most {2**30 // local} with {local} local experts; got "
+                    f"{request.expert_alignment}"
+                )
         if self.num_ranks > 1 and self.runtime.num_slots(row_bytes, num_scales, top_k) < 1:
             raise ArgumentError("num_nvl_bytes is too small for one token of this hidden size and top_k")
 
@@ -189,25 +219,54 @@ class CudaBackend(Backend):
         self._agreed_names[name] = list(request.agreed())
         self.counters[name].calls += 1
         pending = self._take_pending()
-        yield
+        self.entered, self._told = Entered.NOTHING, False
+        try:
+            yield
+        except Exception as error:  # no memory for the results, say
+            self._pending = self._pending or pending
+            if self.entered in (Entered.NOTHING, Entered.EXCHANGE):
+                self._tell(name, error, self.entered is Entered.EXCHANGE)
+                self._told = True
+            raise
+        pending = pending or self._take_pending()
         if pending is not None:
             raise pending
 
+    def is_in_step(self, error: BaseException) -> bool:
+        return self._told or super().is_in_step(error)
+
     def reject(self, name: str, error: Exception) -> None:
-        self.epoch += 1
+        if name in OPERATIONS[:2]:
+            self.epoch += 1
+            self._tell(name, error, False)
+
+    def _tell(self, name: str, error: Exception, behind_exchange: bool) -> None:
+        """Take this rank's part in a call, or in what is left of it, by telling the others that it cannot."""
         text = str(error) or type(error).__name__
-        if name not in OPERATIONS[:2]:
-            return
-        with Lane(self.comm_stream, StreamArguments()) as lane:
+        with self.lane(StreamArguments()) as lane:
             # A kernel's text has room for some 380 bytes.
             text = text.encode()[:380].decode(errors="ignore")
-            self.runtime.launch_reject(OPERATIONS.index(name), text, lane.stream.cuda_stream)
+            index = OPERATIONS.index(name)
+            self.runtime.launch_reject(index, text, behind_exchange, lane.stream.cuda_stream)
 
     def _known(self, event: EventOverlap) -> EventOverlap:
         """The event, made to raise what is known of a timeout when it is waited for."""
         return EventOverlap(event.event, self._raise_timeout) if event.event is not None else event
 
     known_event = _known
+
+    def enter_exchange(self) -> None:
+        """The exchange of the call under way is launched; a dispatch is to follow."""
+        self.entered = Entered.EXCHANGE
+
+    def enter_all(self) -> None:
+        """Nothing more of the call under way is to be launched (or it has failed on all ranks)."""
+        self.entered = Entered.ALL
+
+    def lane(self, streams: StreamArguments) -> Lane:
+        """The streams of a call."""
+        window = self.runtime.window
+        return Lane(self.comm_stream, streams, range(window.address, window.address + window.num_bytes))
 
     # --- errors --------------------------------------------------------------------------------------------------
 
@@ -227,8 +286,8 @@ class CudaBackend(Backend):
         return self._take_pending() or Error("the call failed, and an error of an earlier call hides why")
 
     def _look(self) -> None:
-        """Take the error that kernels reported, if there is one, and if no other is pending."""
-        if self._pending is None and self.runtime.has_error():
+        """Take the error that kernels reported, if there is one, and if no other is pending; a timeout in any case."""
+        if self.runtime.has_timeout() or (self._pending is None and self.runtime.has_error()):
             record = self.runtime.take_error(self.num_ranks)
             if record is not None:
                 self._pending = to_error(self, record, self._agreed_names)
@@ -283,6 +342,7 @@ class CudaBackend(Backend):
             return False
         pending = self._take_pending()
         self.runtime.free()
+        self.pool = None  # its tensors keep the window, as long as they live
         self.group.comm.Free()
         if pending is not None:
             warnings.warn(f"Buffer.destroy on rank {self.rank}: nobody has been told that {pending}", RuntimeWarning, 3)

@@ -11,7 +11,6 @@ from ... import _C
 from ..addresses import address
 from ..requests import CombineRequest, CombineResult
 from .dispatch import aligned_rows
-from .streams import Lane
 
 if TYPE_CHECKING:
     from .backend import CudaBackend
@@ -21,10 +20,11 @@ def combine(backend: CudaBackend, request: CombineRequest) -> CombineResult:
     """Launch a combine. Collective."""
     begin = time.perf_counter()
     handle = request.handle
-    with Lane(backend.comm_stream, request.streams) as lane:
+    with backend.lane(request.streams) as lane:
         lane.uses(request.x, request.topk_weights, *request.biases)
         x = aligned_rows(request.x)
-        biases = [aligned_rows(bias) for bias in request.biases]
+        biases = [aligned_rows(bias.contiguous()) for bias in request.biases]
+        given_weights = None if request.topk_weights is None else request.topk_weights.contiguous()
         combined = lane.empty(handle.num_tokens, x.shape[1], dtype=torch.bfloat16)
         weights = None
         if request.topk_weights is not None:
@@ -34,7 +34,7 @@ def combine(backend: CudaBackend, request: CombineRequest) -> CombineResult:
         params.has_weights = request.topk_weights is not None
         params.grouped = handle.expert_layout == "grouped"
         params.x, params.x_stride = address(x), 2 * x.stride(0)
-        params.topk_weights = address(request.topk_weights)
+        params.topk_weights = address(given_weights)
         params.recv_source_index, params.grouped_rows = address(handle.recv_src_idx), address(handle.grouped_rows)
         params.rank_prefix_matrix = address(handle.rank_prefix_matrix)
         params.send_position = address(handle._backend_state.send_position)
@@ -42,6 +42,7 @@ def combine(backend: CudaBackend, request: CombineRequest) -> CombineResult:
             params.set_bias(index, address(bias))
         params.combined, params.combined_weights = address(combined), address(weights)
         agreed = list(request.agreed().values())
+        backend.enter_all()
         backend.runtime.launch_combine(params, agreed, request.streams.num_sms, lane.stream.cuda_stream)
     backend.counters["combine"].seconds += time.perf_counter() - begin
     return CombineResult(combined, weights, backend.known_event(lane.event))

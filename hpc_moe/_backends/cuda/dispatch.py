@@ -7,7 +7,7 @@ allocate the results, unless `num_worst_tokens` says how large they are. A cache
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -78,9 +78,10 @@ def launch_layout(
     ranks, device = backend.num_ranks, backend.device
     source = topk_idx if topk_idx is not None else given.is_token_in_rank  # type: ignore[union-attr]
     num_tokens, top_k = source.shape[0], 0 if topk_idx is None else topk_idx.shape[1]
-    in_rank = lane.empty(num_tokens, ranks, dtype=torch.bool)
-    per_rank, per_expert = lane.empty(ranks, dtype=torch.int32), lane.empty(num_experts, dtype=torch.int32)
-    positions = lane.empty(num_tokens, ranks, dtype=torch.int32) if for_exchange else None
+    empty = lane.own if for_exchange else lane.empty  # a handle's, or the caller's
+    in_rank = empty(num_tokens, ranks, dtype=torch.bool)
+    per_rank, per_expert = empty(ranks, dtype=torch.int32), empty(num_experts, dtype=torch.int32)
+    positions = empty(num_tokens, ranks, dtype=torch.int32) if for_exchange else None
     expert_positions = torch.empty(num_tokens, top_k, dtype=torch.int32, device=device) if grouped else None
     chunks = _C.layout_num_chunks(num_tokens)
     scratch = torch.empty(chunks, ranks + num_experts, dtype=torch.int32, device=device)
@@ -102,12 +103,32 @@ def launch_layout(
 def dispatch(backend: CudaBackend, request: DispatchRequest) -> DispatchResult:
     """Launch a dispatch; wait on the CPU for the counts if it needs them. Collective."""
     begin = time.perf_counter()
-    with Lane(backend.comm_stream, request.streams) as lane:
+    with backend.lane(request.streams) as lane:
         lane.uses(request.x, request.scales, request.topk_idx, request.topk_weights)
+        request = _contiguous(request)
         result = (_cached if request.handle is not None else _uncached)(backend, lane, request)
     result.event = backend.known_event(lane.event)
     backend.counters["dispatch"].seconds += time.perf_counter() - begin
     return result
+
+
+def _contiguous(request: DispatchRequest) -> DispatchRequest:
+    """The request with contiguous routing. Copies are made on the lane's stream, behind what makes the originals."""
+    layout = request.layout
+    if layout is not None:
+        layout = Layout(
+            layout.num_tokens_per_rank.contiguous(),
+            layout.num_tokens_per_rdma_rank,
+            layout.num_tokens_per_expert.contiguous(),
+            layout.is_token_in_rank.contiguous(),
+        )
+    idx, weights = request.topk_idx, request.topk_weights
+    return replace(
+        request,
+        topk_idx=None if idx is None else idx.contiguous(),
+        topk_weights=None if weights is None else weights.contiguous(),
+        layout=layout,
+    )
 
 
 def _uncached(backend: CudaBackend, lane: Lane, request: DispatchRequest) -> DispatchResult:
@@ -119,12 +140,14 @@ def _uncached(backend: CudaBackend, lane: Lane, request: DispatchRequest) -> Dis
     )
     handle = _make_handle(backend, lane, request, counted)
     number = _launch_exchange(backend, lane, request, counted, handle)
+    backend.enter_exchange()
     per_expert: list[int] = []
     if request.num_worst_tokens == 0:
         waiting = time.perf_counter()
         rows = backend.runtime.wait_for_exchange(number, lane.stream.cuda_stream)
         backend.counters["dispatch"].wait_seconds += time.perf_counter() - waiting
         if rows < 0:
+            backend.enter_all()
             raise backend.failure()
         handle.num_rows = rows
         handle._num_recv_tokens, per_expert = backend.runtime.exchanged_counts(len(handle.num_recv_tokens_per_expert))
@@ -133,7 +156,7 @@ def _uncached(backend: CudaBackend, lane: Lane, request: DispatchRequest) -> Dis
     assert results.src_idx is not None
     handle.recv_src_idx = results.src_idx
     if request.grouped:
-        handle.grouped_rows = lane.empty(num_received, handle.top_k, dtype=torch.int32)
+        handle.grouped_rows = lane.own(num_received, handle.top_k, dtype=torch.int32)
     _launch(backend, lane, request, handle, results, counted.expert_position)
     return DispatchResult(results.x, results.scales, results.topk_idx, results.topk_weights, per_expert, handle)
 
@@ -149,7 +172,7 @@ def _make_handle(backend: CudaBackend, lane: Lane, request: DispatchRequest, cou
     """The handle, whose tensors the exchange fills."""
     ranks, local = backend.num_ranks, request.num_experts // backend.num_ranks
     sizes = (ranks * ranks, ranks, local, 2 * local, ranks * local)
-    matrix, sums, per_expert, ranges, begins = lane.empty(sum(sizes), dtype=torch.int32).split(sizes)
+    matrix, sums, per_expert, ranges, begins = lane.own(sum(sizes), dtype=torch.int32).split(sizes)
     assert counted.send_position is not None
     return DispatchHandle(
         rank_prefix_matrix=matrix.view(ranks, ranks),
@@ -219,7 +242,8 @@ def _allocate(
             x, scales, idx, weights, source = *pooled[0], *pooled[1]
             assert x is not None
             return Results(x, scales, idx, weights, source, [address(t) for t in (x, scales, idx, weights, source)])
-    x, scales, idx, weights, source = (None if s is None else lane.empty(*s[0], dtype=s[1]) for s in shapes)
+    x, scales, idx, weights = (None if s is None else lane.empty(*s[0], dtype=s[1]) for s in shapes[:4])
+    source = None if shapes[4] is None else lane.own(*shapes[4][0], dtype=shapes[4][1])  # the handle's
     assert x is not None
     return Results(x, scales, idx, weights, source, [])
 
@@ -234,6 +258,7 @@ def _in_pool(
     sizes = [0 if s is None else -(-torch.Size(s[0]).numel() * s[1].itemsize // 128) * 128 for s in shapes]
     if sum(sizes) == 0:
         return [None] * len(shapes)
+    assert backend.pool is not None
     block = backend.pool.allocate(sum(sizes), lane.stream, from_end)
     if block is None:
         return None
@@ -287,6 +312,7 @@ def _launch(
     params.recv_topk_index, params.recv_topk_weights = address(results.topk_idx), address(results.topk_weights)
     params.recv_source_index = address(results.src_idx)
     params.grouped_rows = address(handle.grouped_rows)
+    backend.enter_all()
     backend.runtime.launch_dispatch(
         params,
         list(request.agreed().values()),

@@ -24,7 +24,9 @@ class Lane:
         event: after the block, what `Buffer` returns.
     """
 
-    def __init__(self, comm_stream: torch.cuda.Stream, arguments: StreamArguments) -> None:
+    def __init__(self, comm_stream: torch.cuda.Stream, arguments: StreamArguments, window: range) -> None:
+        """`window`: addresses of the pool's memory, which is ordered by the pool and not by torch's allocator."""
+        self._window = window
         self._caller = torch.cuda.current_stream(comm_stream.device)
         self._arguments = arguments
         self.is_capturing = torch.cuda.is_current_stream_capturing()
@@ -33,6 +35,7 @@ class Lane:
         waits_for_all = arguments.previous_event is None or arguments.previous_event.event is None
         self._allocates_on_caller = self.is_capturing or (waits_for_all and not arguments.allocate_on_comm_stream)
         self._results: list[torch.Tensor] = []
+        self._owned: list[torch.Tensor] = []
         self._inputs: list[torch.Tensor] = []
         self._context = contextlib.ExitStack()
         self.event = EventOverlap()
@@ -47,9 +50,15 @@ class Lane:
         self._results.append(result)
         return result
 
+    def own(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """Memory that later calls use, too: of the communication stream, on which they run."""
+        result = torch.empty(shape, dtype=dtype, device=self.stream.device)
+        self._owned.append(result)
+        return result
+
     def uses(self, *inputs: torch.Tensor | None) -> None:
         """These tensors of the caller are read by the call."""
-        self._inputs.extend(tensor for tensor in inputs if tensor is not None)
+        self._inputs.extend(t for t in inputs if t is not None and t.data_ptr() not in self._window)
 
     def __enter__(self) -> Lane:
         if self._arguments.previous_event is not None and self._arguments.previous_event.event is not None:
@@ -72,6 +81,8 @@ class Lane:
         if self.is_capturing:
             return  # one stream, and torch keeps a graph's memory
         # Memory goes back to the stream that it is of, when the last reference is gone: the other one may not be done.
+        for tensor in self._owned:
+            tensor.record_stream(self._caller)  # where the user may read it
         if not self._allocates_on_caller:
             for tensor in self._results:
                 tensor.record_stream(self._caller)
