@@ -35,7 +35,8 @@ class Buffer:
     Construction and every call that moves tokens are collective: all ranks of `comm` make the same calls in the same
     order. Bad input raises `ArgumentError` on every rank (on the others, naming the rank that has it) and leaves the
     buffer usable. A peer that does not come raises `PeerTimeoutError` and leaves it broken: later calls raise
-    `UnavailableError`.
+    `UnavailableError`. On CUDA, a call that does not wait for the GPU (`dispatch` with a handle or `num_worst_tokens`,
+    `combine`, `get_dispatch_layout`) leaves what it cannot know yet to the next call, or to `check`.
 
     Use it as a context manager, or call `destroy()` on all ranks.
 
@@ -46,7 +47,7 @@ class Buffer:
         num_nvl_bytes: bytes of this rank's window for its node.
         num_rdma_bytes: bytes for traffic between nodes and for the low-latency mode.
         low_latency_mode: whether low-latency calls are possible.
-        num_sms: streaming multiprocessors that the CUDA kernels use; see `set_num_sms`.
+        num_sms: the most streaming multiprocessors that a CUDA call takes; see `set_num_sms`.
         timeout: seconds that any wait for a peer may last.
         topology: which ranks are on which node.
         runtime: the C++ runtime.
@@ -76,7 +77,8 @@ class Buffer:
             comm: any intra-communicator; the buffer works on a duplicate of it.
             num_nvl_bytes: bytes of the window that this rank's node peers write; 0: no `dispatch` and `combine` (with
                 more than one rank). `Config.get_nvl_buffer_size_hint` says what makes 4096 tokens fit in one pass;
-                anything from `hpc_moe.config.minimum_nvl_bytes(R)` works, in more passes.
+                anything from `hpc_moe.config.minimum_nvl_bytes(R)` works, in more passes. On CUDA half of it is the
+                pool, in which results of `dispatch` lie while there is room.
             num_rdma_bytes: bytes for traffic between nodes and for the low-latency mode
                 (`get_low_latency_rdma_size_hint`); 0 on several nodes: the library chooses.
             low_latency_mode: make low-latency calls possible.
@@ -86,7 +88,9 @@ class Buffer:
             enable_shrink: a low-latency call masks a rank that times out, and goes on, in place of raising.
             explicitly_destroy: accepted for compatibility; a buffer should always be destroyed, and is never destroyed
                 behind your back, for that is collective.
-            device: `"cpu"`, `"cuda"` or `"cuda:i"`; None: CUDA where every rank has it, else CPU.
+            device: `"cpu"`, `"cuda"` or `"cuda:i"`; None: CUDA where every rank has a GPU of its own and CUDA has what
+                the buffer needs, else CPU. Without an index the rank's GPU becomes torch's current device: the one that
+                is current if that is not the first, else the one of the local rank.
             ranks_per_node: lay out nodes of this many consecutive ranks, in place of those that share memory.
             timeout: seconds that any wait for a peer may last.
 
@@ -94,7 +98,8 @@ class Buffer:
             ArgumentError: an argument is wrong, or differs between ranks; on every rank.
             BootstrapError: a step failed on some rank; every rank raises it with that rank's message.
             PeerTimeoutError: a rank did not take part within `timeout`.
-            UnavailableError: `device` is CUDA and this build has no CUDA runtime.
+            UnavailableError: `device` is CUDA, and this build has no CUDA runtime, there are too few GPUs, or the
+                buffer needs what CUDA does not have yet (low-latency calls, several nodes).
         """
         self._backend: Backend | None = None
         checks.communicator(comm)
@@ -326,7 +331,7 @@ class Buffer:
             topk_weights: `[T, K] float32`.
             expert_alignment: round the tokens of each expert up to a multiple of this.
             num_worst_tokens: if positive, return this many rows, whatever arrives. Too few is an error on every rank,
-                and nothing is written.
+                and no row is sent.
             config: tuning; see `Config`.
             previous_event: run after this event.
             async_finish: do not make the current stream wait.
@@ -728,6 +733,8 @@ class Buffer:
     ) -> torch.Tensor:
         """A view of this rank's buffer; it must not be used after `destroy()`, nor written during a call.
 
+        On CUDA its second half is the pool: it must not be written while results of a dispatch are alive.
+
         Args:
             dtype: of the view.
             size: its shape; None: one dimension, as long as fits.
@@ -768,7 +775,7 @@ class Buffer:
 
     @staticmethod
     def set_num_sms(num_sms: int) -> None:
-        """Set how many streaming multiprocessors the CUDA kernels of all buffers use.
+        """Set how many streaming multiprocessors a CUDA call may take, for calls of all buffers without a `config`.
 
         Raises:
             ArgumentError: not a positive number.

@@ -15,7 +15,8 @@ HIDDEN_MULTIPLE = 128
 HINT_TOKENS = 4096
 HINT_TOP_K = 16
 
-# A window starts with a page of its own; then come two slots (one per parity of the pass counter) for every rank.
+# On CPU a window starts with a page of its own; then come two slots (one per parity of the pass counter) for every
+# rank. On CUDA half of it is one slot for every rank, and half the pool; the control data come on top.
 _WINDOW_HEADER_BYTES = 4096
 # One row of the largest hidden size in float32 (a grouped combine), its top-k data, and the alignment of its arrays.
 _MINIMUM_SLOT_BYTES = 80 * 1024
@@ -43,10 +44,10 @@ def _slot_bytes(hidden_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class Config:
-    """Tuning of `dispatch` and `combine`. The CPU backend takes all values and needs none.
+    """Tuning of `dispatch` and `combine`. CUDA uses `num_sms`; all other values are accepted, and need not be set.
 
     Attributes:
-        num_sms: streaming multiprocessors that the CUDA kernels use.
+        num_sms: the most streaming multiprocessors that a CUDA call takes. On CPU it means nothing.
         num_max_nvl_chunked_send_tokens: tokens sent at a time inside a node.
         num_max_nvl_chunked_recv_tokens: tokens a receiver has room for inside a node.
         num_max_rdma_chunked_send_tokens: the same between nodes.

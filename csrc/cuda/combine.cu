@@ -1,25 +1,22 @@
 // Combine, inside a node.
 //
 // 1. All ranks meet (device/protocol.cuh): a peer that has entered has drained what was in its stage.
-// 2. *Send.* A warp takes a received row and writes it into the stage of the rank that its token came from: region of
-//    this rank, slot of the token. Rows for different ranks take turns, so all links are used all the time. Rows that
-//    came from this rank itself stay where they are. Lane 0 moves rows by bulk copies; in the grouped layout all lanes
-//    add up a token's copies, and write the float32 sum.
-// 3. *Flags.* As in dispatch.cu, step 3: every few rows, lane 0 waits until its bulk copies are done, the warp meets,
-// and
-//    the lanes release the rows' flags (Control::row_flags, by source and slot), which the summing warps acquire.
-// 4. *Sum.* Four warps share a few tokens, a quarter of each row to a warp. Each waits for the flags of all ranks that
-// the
-//    tokens went to, and adds the rows in the order of ranks, then the biases, in float32. Rows come by bulk copies,
-//    for which the acquiring lanes fence (fence.proxy.async), a piece ahead of the sum. Sums begin while later rows are
-//    on their way.
-// 5. *Passes.* A pass takes as many tokens of every rank as a region has slots. The last summing warp of a pass counts
-// up
-//    (acq_rel) to what was expected, and releases Control::drained at all peers, which acquire it before the next pass.
-//    A rank without tokens in a pass gets no rows in it, nor in later ones: nobody waits for it.
+// 2. *Send.* A warp takes a received row and writes it into the stage of the rank that its token came from: region
+//    of this rank, slot of the token. Rows for different ranks take turns, so all links are used all the time. Rows
+//    that came from this rank itself stay where they are. Lane 0 moves rows by bulk copies; in the grouped layout
+//    all lanes add up a token's copies, and write the float32 sum.
+// 3. *Flags.* As in dispatch.cu, step 3: every few rows, lane 0 waits until its bulk copies are done, the warp
+//    meets, and the lanes release the rows' flags (Control::row_flags, by source and slot), which the summing warps
+//    acquire.
+// 4. *Sum.* Four warps share a few tokens, a quarter of each row to a warp. Each waits for the flags of all ranks
+//    that the tokens went to, and adds the rows in the order of ranks, then the biases, in float32. Sums begin while
+//    later rows are on their way.
+// 5. *Passes.* A pass takes as many tokens of every rank as a region has slots. The last summing warp of a pass
+//    counts up (acq_rel) to what was expected, and releases Control::drained at all peers, which acquire it before
+//    the next pass. A rank without tokens in a pass gets no rows in it, nor in later ones: nobody waits for it.
 //
-// The kernel ends when all sums are written, for which all rows had to come. Sending and summing warps are different
-// ones, and all blocks are resident at once, so that no block waits before it sends.
+// The kernel ends when all sums are written, for which all rows had to come. Sending and summing is done by different
+// warps of a block, all blocks are resident at once, and a sending warp never waits for a row.
 #include <cuda_bf16.h>
 
 #include "cuda/check.h"
@@ -228,7 +225,7 @@ __device__ void send(const CombineParams& p, const Plan& plan, uint64_t epoch) {
     WarpPipeline pipeline = pipeline_of_warp(p.pipeline, threadIdx.x / 32);
     for (int pass = 0; pass < plan.num_passes; ++pass) {
         if (pass > 0 && !wait_for_drains(p, plan, epoch, pass)) return;
-        if (kBulkCopies && !p.grouped) {
+        if constexpr (kBulkCopies) {
             send_by_bulk_copies(p, plan, pipeline, pass, pass_tag(epoch, pass));
         } else {
             send_by_registers(p, plan, pass, pass_tag(epoch, pass));
@@ -396,11 +393,13 @@ __device__ void count_drained(const CombineParams& p, uint64_t epoch, int pass, 
     }
 }
 
-// All lanes: this rank has drained the pass.
+// All lanes: this rank has drained the pass. Without a limit of its own: the waits for its rows have one.
 __device__ bool wait_for_own_drain(const CombineParams& p, uint64_t expected) {
     bool drained = true;
     if (threadIdx.x % 32 == 0) {
-        drained = wait_for(p.call, &p.call.state->drained, expected, Missing::kDrain, p.call.rank);
+        while (drained && load_acquire_sys(&p.call.state->drained) < expected) {
+            drained = !load_relaxed_gpu(&p.call.state->gave_up);
+        }
     }
     return __all_sync(~0u, drained);
 }

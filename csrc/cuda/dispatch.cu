@@ -1,26 +1,25 @@
 // Dispatch, inside a node.
 //
 // 1. All ranks meet (device/protocol.cuh). A rank's entry says where in its window this call's results may land;
-// without
-//    such a place its rows are *staged*: they wait in the window's stage, a region per source, and the receiver moves
-//    them to its results.
-// 2. *Send.* A warp takes a token, reads its row once, and writes it to every rank that it goes to, row by row in turn:
-//    all links are used all the time. Lane 0 moves rows by bulk copies through shared memory; the other lanes write
-//    scales and top-k data. Where a row goes follows from counts and positions that both sides know: nothing is asked.
-//    This rank's own rows take the same way, straight to its results; where nothing is staged, the warps that would
-//    drain copy them.
+//    without such a place its rows are *staged*: they wait in the window's stage, a region per source, and the
+//    receiver moves them to its results.
+// 2. *Send.* A warp takes a token, reads its row once, and writes it to every rank that it goes to, row by row in
+//    turn: all links are used all the time. Lane 0 moves rows by bulk copies through shared memory; the other lanes
+//    write scales and top-k data. Where a row goes follows from counts and positions that both sides know: nothing
+//    is asked. This rank's own rows take the same way, straight to its results; where nothing is staged, the warps
+//    that would drain copy them.
 // 3. *Staged rows.* Every few rows, lane 0 waits until its bulk copies are done (not: read), the warp meets, and the
 //    lanes release the rows' flags in the peers' windows (Control::row_flags, epoch and pass) with one fence. The
-//    receiver's draining warps acquire it, and
-//    copy.
-// 4. *Passes.* A region has few slots: rows beyond them wait for the next pass. The last draining warp of a pass counts
-//    up (acq_rel) to what was expected, and releases Control::drained at all peers, which they acquire before they
-//    write the next pass. Across calls, entering is that permission.
-// 5. *End.* Sending threads wait for their bulk copies; the block meets; blocks count (acq_rel); the last one releases
-//    Control::arrived at every peer and acquires that of all of them. So when the kernel ends, all rows are there.
+//    receiver's draining warps acquire it, and copy.
+// 4. *Passes.* A region has few slots: rows beyond them wait for the next pass. The last draining warp of a pass
+//    counts up (acq_rel) to what was expected, and releases Control::drained at all peers, which they acquire before
+//    they write the next pass. Across calls, entering is that permission.
+// 5. *End.* Sending threads wait for their bulk copies; the block meets; blocks count (acq_rel); the last one
+//    releases Control::arrived at every peer and acquires that of all of them. So when the kernel ends, all rows are
+//    there.
 //
 // All blocks must be resident at once: they wait for peers, which wait for them. Sending and draining is done by
-// different warps: no warp waits for a row before it has sent its own.
+// different warps of a block, and a sending warp never waits for a row.
 #include "cuda/check.h"
 #include "cuda/device/protocol.cuh"
 #include "cuda/device/rows.cuh"
@@ -596,8 +595,8 @@ __device__ void wait_for_arrivals(const DispatchParams& p, uint64_t epoch) {
     }
 }
 
-// All threads of a block, for an uncached call that does not take place: the handle and the results say that nothing
-// was sent, so that a combine with this handle reads nothing that is not there.
+// All threads of a block, for an uncached call that does not take place: what later calls with this handle read says
+// that nothing was sent, so that they touch nothing that is not there.
 __device__ __noinline__ void clear_call(const DispatchParams& p) {
     const int ranks = p.call.num_ranks, width = p.grouped ? 1 : p.top_k;
     for (int i = threadIdx.x; i < ranks * ranks; i += blockDim.x) const_cast<int32_t*>(p.rank_prefix_matrix)[i] = 0;
@@ -607,6 +606,9 @@ __device__ __noinline__ void clear_call(const DispatchParams& p) {
     for (int64_t i = threadIdx.x; i < static_cast<int64_t>(p.num_rows) * width; i += blockDim.x) {
         if (p.recv_topk_index) p.recv_topk_index[i] = -1;
         if (p.recv_topk_weights) p.recv_topk_weights[i] = 0.0f;
+    }
+    for (int i = threadIdx.x; p.grouped && i < 2 * p.experts_per_rank; i += blockDim.x) {
+        const_cast<int32_t*>(p.expert_ranges)[i] = 0;
     }
     for (int i = threadIdx.x; i < p.num_rows; i += blockDim.x) {
         if (p.recv_source_index) p.recv_source_index[i] = -1;

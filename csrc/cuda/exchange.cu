@@ -1,13 +1,13 @@
 // Exchange: every rank tells every other how many rows it will send to whom, and how many tokens select each expert.
 //
-// 1. Each rank writes its tokens per local expert of rank r into r's window (Control::expert_counts, by parity of the
-//    epoch), plain stores of the whole block; a barrier; then warp 0 enters (device/protocol.cuh), which carries the
-//    counts per rank and releases all of this.
+// 1. Each rank writes its tokens per local expert of rank r into r's window (Control::expert_counts, by parity of
+//    the epoch), plain stores of the whole block; a barrier; then warp 0 enters (device/protocol.cuh), which carries
+//    the counts per rank and releases all of this.
 // 2. Warp 0 acquires all entries; a barrier; the block reads the counts.
 // 3. It makes the prefix matrix, the aligned counts, and, for the grouped layout, where each source's rows of each
 //    expert begin. Every rank sees all entries, so all come to the same verdict on whether the call goes on.
 // 4. The numbers that the CPU waits for go to the host record, then the result word that carries this exchange's
-// number.
+//    number.
 //
 // One block. Places are reused by parity, as entries are. Rows are moved by dispatch.cu, in a call of its own.
 #include "cuda/check.h"
@@ -99,6 +99,12 @@ __device__ void place_experts(const ExchangeParams& p, const int32_t* begins) {
     }
 }
 
+// One thread, when nothing will be sent: the counts say so.
+__device__ void clear_counts(const ExchangeParams& p) {
+    for (int r = 0; r < p.call.num_ranks; ++r) p.recv_rank_prefix_sum[r] = 0;
+    for (int e = 0; e < p.num_local_experts; ++e) p.aligned_per_expert[e] = 0;
+}
+
 __device__ void publish_result(const ExchangeParams& p, int rows, int num_recv_tokens) {
     HostRecord* host = p.call.host;
     host->num_recv_tokens = num_recv_tokens;
@@ -144,7 +150,10 @@ __global__ void __launch_bounds__(kThreads, 1) exchange(const __grid_constant__ 
     __syncthreads();
     if (threadIdx.x == 0) {
         p.call.state->refused = !succeeded;
-        if (!succeeded) publish_result(p, static_cast<int>(kExchangeFailed), 0);
+        if (!succeeded) {
+            clear_counts(p);
+            publish_result(p, static_cast<int>(kExchangeFailed), 0);
+        }
         if (succeeded) {
             const int tokens = p.recv_rank_prefix_sum[p.call.num_ranks - 1];
             const int rows = p.grouped ? grouped_rows : tokens;

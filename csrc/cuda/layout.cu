@@ -1,11 +1,10 @@
 // Layout: two kernels, no communication, no cleaning, the same result every time.
 //
 // 1. count_chunk: a warp takes a chunk of consecutive tokens, one after another; lane k has the token's k-th expert,
-// lane
-//    r its r-th rank. It counts tokens per rank in registers and per expert in shared memory, so positions inside the
-//    chunk come out in token order.
+//    lane r its r-th rank. It counts tokens per rank in registers and per expert in shared memory, so positions
+//    inside the chunk come out in token order.
 // 2. finish_chunk: a block per chunk adds the counts of all earlier chunks to its positions. The last one has the
-// totals.
+//    totals.
 //
 // Wrong values are remembered in LocalState::bad_value (the smallest wins, so that the report does not depend on
 // timing); the exchange, or step 2, takes them from there.

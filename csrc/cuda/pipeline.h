@@ -1,7 +1,7 @@
 // The launch-time shape of a kernel that moves rows: which warps of a block send, and which drain.
 //
-// Every block does both. Draining is limited by how fast instructions are issued, sending by the links: sharing an SM,
-// each uses what the other leaves.
+// Every block does both. Draining is limited by how fast instructions are issued, sending by the links: sharing an
+// SM, each uses what the other leaves.
 #pragma once
 
 #include <cstdint>

@@ -349,8 +349,9 @@ void CudaRuntime::launch_combine(CombineParams params, const std::vector<int64_t
                                            false, params.has_weights, false, false, slot));
     params.slot_weights = slot.topk_weights;
     const int blocks = limit_blocks(num_blocks);
-    params.pipeline = shape_pipeline(params.row_bytes, blocks, kCombineBytesInFlight, bulk_copies_);
-    cuda::launch_combine(params, {blocks, bulk_copies_, stream});
+    const bool bulk_copies = bulk_copies_ && !params.grouped;  // a grouped one adds before it sends
+    params.pipeline = shape_pipeline(params.row_bytes, blocks, kCombineBytesInFlight, bulk_copies);
+    cuda::launch_combine(params, {blocks, bulk_copies, stream});
 }
 
 void CudaRuntime::launch_reject(int operation, const std::string& text, bool behind_exchange, cudaStream_t stream) {

@@ -1,15 +1,15 @@
 // Entering a call, waiting with a limit, and leaving a call. Every kernel that talks to peers goes through these.
 //
 // 1. *Enter.* Block 0 writes this rank's Entry into every window (its own too), plain stores, then the epoch with
-//    release. The place is chosen by the epoch's parity: a peer that enters epoch n + 2 has seen this rank enter n + 1,
-//    which it did after all its blocks had read the entries of n.
+//    release. The place is chosen by the epoch's parity: a peer that enters epoch n + 2 has seen this rank enter n +
+//    1, which it did after all its blocks had read the entries of n.
 // 2. *Meet.* Every block acquires all entries of the epoch. That a peer has entered means that all its earlier calls
-//    have ended (they run in one order), so it has drained its window: this is the permission to write there. All ranks
-//    see the same entries, and so agree on whether the call goes on.
-// 3. *Leave.* Every thread's stores are done; a barrier of the block; a counter with acq_rel. The last block has then
-//    seen all of them: it tells the peers, where the call wants that, with release, and advances the epoch.
+//    have ended (they run in one order), so it has drained its window: this is the permission to write there. All
+//    ranks see the same entries, and so agree on whether the call goes on.
+// 3. *Leave.* Every thread's stores are done; a barrier of the block; a counter with acq_rel. The last block has
+//    then seen all of them: it tells the peers, where the call wants that, with release, and advances the epoch.
 //
-// A wait that takes too long writes the error record, sets `gave_up`, and everything ends: nothing traps.
+// A wait that takes too long sets `gave_up`, writes HostRecord::timeout, and everything ends: nothing traps.
 #pragma once
 
 #include "cuda/call.h"

@@ -1,5 +1,5 @@
-// Stress builds (-DHPC_MOE_STRESS=ON) sleep at random, poison what was drained, and can break one rule on purpose, so
-// that a test can show that it would notice. In other builds all of this is empty.
+// Stress builds (-DHPC_MOE_STRESS=ON) sleep at random, poison what was drained, and can break one rule on purpose,
+// so that a test can show that it would notice. In other builds all of this is empty.
 #pragma once
 
 #include "cuda/call.h"

@@ -12,7 +12,6 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
@@ -33,8 +32,8 @@ from ..requests import (
     StreamArguments,
 )
 from .combine import combine
-from .device import choose_device, shares_gpus
-from .dispatch import dispatch, launch_layout
+from .device import choose_device, make_current, shares_gpus
+from .dispatch import Entered, dispatch, launch_layout
 from .pool import Pool, WindowMemory
 from .reports import to_error
 from .streams import Lane
@@ -53,14 +52,6 @@ class Counter:
     pooled: int = 0
     seconds: float = 0.0
     wait_seconds: float = 0.0
-
-
-class Entered(Enum):
-    """What a call under way has launched that the peers wait for."""
-
-    NOTHING = 0
-    EXCHANGE = 1  # and what follows is still to be launched
-    ALL = 2
 
 
 class CudaBackend(Backend):
@@ -89,7 +80,7 @@ class CudaBackend(Backend):
             self.device = torch.device("cuda", choose_device(device, topology))
             torch.cuda.init()
             if device is None or torch.device(device).index is None:
-                torch.cuda.set_device(self.device)  # so that the caller's "cuda" is this one, too
+                make_current(self.device.index)  # so that the caller's "cuda" is this one, too
         try:
             with group.step("creating the runtime"):
                 self.runtime = self._make_runtime(num_nvl_bytes)
@@ -228,12 +219,14 @@ class CudaBackend(Backend):
                 self._tell(name, error, self.entered is Entered.EXCHANGE)
                 self._told = True
             raise
-        pending = pending or self._take_pending()
+        if self.entered is Entered.ALL_AND_WAITED:  # what earlier calls ran into is known now, on all ranks alike
+            pending = pending or self._take_pending()
         if pending is not None:
             raise pending
 
     def is_in_step(self, error: BaseException) -> bool:
-        return self._told or super().is_in_step(error)
+        told, self._told = self._told, False
+        return told or super().is_in_step(error)
 
     def reject(self, name: str, error: Exception) -> None:
         if name in OPERATIONS[:2]:
@@ -255,18 +248,13 @@ class CudaBackend(Backend):
 
     known_event = _known
 
-    def enter_exchange(self) -> None:
-        """The exchange of the call under way is launched; a dispatch is to follow."""
-        self.entered = Entered.EXCHANGE
-
-    def enter_all(self) -> None:
-        """Nothing more of the call under way is to be launched (or it has failed on all ranks)."""
-        self.entered = Entered.ALL
+    def enter(self, entered: Entered) -> None:
+        """Note how far the call under way has come."""
+        self.entered = entered
 
     def lane(self, streams: StreamArguments) -> Lane:
         """The streams of a call."""
-        window = self.runtime.window
-        return Lane(self.comm_stream, streams, range(window.address, window.address + window.num_bytes))
+        return Lane(self.comm_stream, streams)
 
     # --- errors --------------------------------------------------------------------------------------------------
 

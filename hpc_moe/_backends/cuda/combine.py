@@ -10,7 +10,7 @@ import torch
 from ... import _C
 from ..addresses import address
 from ..requests import CombineRequest, CombineResult
-from .dispatch import aligned_rows
+from .dispatch import Entered, aligned_rows
 
 if TYPE_CHECKING:
     from .backend import CudaBackend
@@ -42,7 +42,7 @@ def combine(backend: CudaBackend, request: CombineRequest) -> CombineResult:
             params.set_bias(index, address(bias))
         params.combined, params.combined_weights = address(combined), address(weights)
         agreed = list(request.agreed().values())
-        backend.enter_all()
+        backend.enter(Entered.ALL)
         backend.runtime.launch_combine(params, agreed, request.streams.num_sms, lane.stream.cuda_stream)
     backend.counters["combine"].seconds += time.perf_counter() - begin
     return CombineResult(combined, weights, backend.known_event(lane.event))

@@ -14,6 +14,17 @@ from ...errors import ArgumentError, UnavailableError
 SHARE_VARIABLE = "HPC_MOE_TEST_SHARE_GPUS"
 
 
+_made_current: int | None = None  # the device that a buffer of this process has made the current one
+
+
+def make_current(index: int) -> None:
+    """Make this device torch's current one, and remember that it was not the caller's wish."""
+    global _made_current
+    if torch.cuda.current_device() != index:
+        torch.cuda.set_device(index)
+        _made_current = index
+
+
 def shares_gpus() -> bool:
     """Whether ranks may share a GPU."""
     return os.environ.get(SHARE_VARIABLE) == "1"
@@ -38,7 +49,7 @@ def choose_device(device: str | None, topology: Topology) -> int:
     index = 0 if named is None else named
     if named is None:
         index = torch.cuda.current_device()
-        if index == 0 and count > 1:
+        if index in (0, _made_current) and count > 1:  # the caller has not chosen one
             index = topology.local_rank % count if shares_gpus() else topology.local_rank
             if index >= count:
                 who = topology.describe(topology.rank)

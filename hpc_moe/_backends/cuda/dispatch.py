@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,15 @@ from .streams import Lane
 
 if TYPE_CHECKING:
     from .backend import CudaBackend
+
+
+class Entered(Enum):
+    """What a call under way has launched that the peers wait for."""
+
+    NOTHING = 0
+    EXCHANGE = 1  # and what follows is still to be launched
+    ALL = 2
+    ALL_AND_WAITED = 3  # and the CPU has waited for the exchange
 
 
 @dataclass
@@ -140,17 +150,17 @@ def _uncached(backend: CudaBackend, lane: Lane, request: DispatchRequest) -> Dis
     )
     handle = _make_handle(backend, lane, request, counted)
     number = _launch_exchange(backend, lane, request, counted, handle)
-    backend.enter_exchange()
     per_expert: list[int] = []
     if request.num_worst_tokens == 0:
+        backend.enter(Entered.ALL)  # if the wait fails, nothing can be said to the peers
         waiting = time.perf_counter()
         rows = backend.runtime.wait_for_exchange(number, lane.stream.cuda_stream)
         backend.counters["dispatch"].wait_seconds += time.perf_counter() - waiting
         if rows < 0:
-            backend.enter_all()
             raise backend.failure()
         handle.num_rows = rows
         handle._num_recv_tokens, per_expert = backend.runtime.exchanged_counts(len(handle.num_recv_tokens_per_expert))
+    backend.enter(Entered.EXCHANGE)
     num_received = request.num_worst_tokens or handle.num_recv_tokens
     results = _allocate(backend, lane, request, handle, num_received)
     assert results.src_idx is not None
@@ -312,7 +322,8 @@ def _launch(
     params.recv_topk_index, params.recv_topk_weights = address(results.topk_idx), address(results.topk_weights)
     params.recv_source_index = address(results.src_idx)
     params.grouped_rows = address(handle.grouped_rows)
-    backend.enter_all()
+    waited = not cached and request.num_worst_tokens == 0
+    backend.enter(Entered.ALL_AND_WAITED if waited else Entered.ALL)
     backend.runtime.launch_dispatch(
         params,
         list(request.agreed().values()),

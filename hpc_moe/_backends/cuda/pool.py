@@ -17,6 +17,13 @@ import torch
 from ... import _C
 
 _ALIGNMENT = 256
+_windows: weakref.WeakSet[_C.Window] = weakref.WeakSet()  # all that may hold live tensors
+
+
+def lies_in_a_window(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is memory of a pool, of any buffer, which torch's allocator knows nothing of."""
+    address = tensor.data_ptr()
+    return any(window.address <= address < window.address + window.num_bytes for window in _windows)
 
 
 class WindowMemory:
@@ -24,6 +31,7 @@ class WindowMemory:
 
     def __init__(self, window: _C.Window, offset: int, num_bytes: int) -> None:
         self._window = window  # keeps the memory allocated, also when the buffer is destroyed
+        _windows.add(window)
         self.offset, self.num_bytes = offset, num_bytes
         self.__cuda_array_interface__: dict[str, Any] = {
             "shape": (num_bytes,),

@@ -13,6 +13,7 @@ import torch
 
 from ...events import EventOverlap
 from ..requests import StreamArguments
+from .pool import lies_in_a_window
 
 
 class Lane:
@@ -24,9 +25,7 @@ class Lane:
         event: after the block, what `Buffer` returns.
     """
 
-    def __init__(self, comm_stream: torch.cuda.Stream, arguments: StreamArguments, window: range) -> None:
-        """`window`: addresses of the pool's memory, which is ordered by the pool and not by torch's allocator."""
-        self._window = window
+    def __init__(self, comm_stream: torch.cuda.Stream, arguments: StreamArguments) -> None:
         self._caller = torch.cuda.current_stream(comm_stream.device)
         self._arguments = arguments
         self.is_capturing = torch.cuda.is_current_stream_capturing()
@@ -58,7 +57,7 @@ class Lane:
 
     def uses(self, *inputs: torch.Tensor | None) -> None:
         """These tensors of the caller are read by the call."""
-        self._inputs.extend(t for t in inputs if t is not None and t.data_ptr() not in self._window)
+        self._inputs.extend(t for t in inputs if t is not None and not lies_in_a_window(t))
 
     def __enter__(self) -> Lane:
         if self._arguments.previous_event is not None and self._arguments.previous_event.event is not None:
