@@ -38,7 +38,8 @@ def low_latency_staging_bytes(num_tokens: int, hidden: int, num_experts: int) ->
 
 
 def _slot_bytes(hidden_bytes: int) -> int:
-    bytes_per_row = hidden_bytes + hidden_bytes // 32 + 12 * HINT_TOP_K + 4 + 16
+    # A row, its scales (4 bytes for 128 channels), index, weight and position for each expert, its token, alignment.
+    bytes_per_row = hidden_bytes + hidden_bytes // 32 + 16 * HINT_TOP_K + 4 + 128
     return -(-(HINT_TOKENS * bytes_per_row + 8 * 64) // 64) * 64
 
 
