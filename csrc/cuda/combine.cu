@@ -19,10 +19,10 @@
 // warps of a block, all blocks are resident at once, and a sending warp never waits for a row.
 #include <cuda_bf16.h>
 
-#include "cuda/check.h"
 #include "cuda/combine.h"
 #include "cuda/device/protocol.cuh"
 #include "cuda/device/rows.cuh"
+#include "cuda/mover.h"
 
 namespace hpc_moe::cuda {
 namespace {
@@ -207,16 +207,10 @@ __device__ void send_by_registers(const CombineParams& p, const Plan& plan, int 
     }
 }
 
-// All lanes: the peers have drained the pass before this one.
-__device__ bool wait_for_drains(const CombineParams& p, const Plan& plan, uint64_t epoch, int pass) {
+// Whether the lane's rank may get rows of this rank in a pass, and so must have drained the one before.
+__device__ bool gets_rows(const CombineParams& p, const Plan& plan, int pass) {
     const int lane = threadIdx.x % 32;
-    bool drained = true;
-    if (breaks(p.call, Mutation::kPassWithoutDrain)) return true;
-    if (lane < p.call.num_ranks && lane != p.call.rank && plan.num_tokens[lane] > pass * p.stage.num_slots) {
-        drained = wait_for(p.call, &control_of(p.call, p.call.rank)->drained[lane], pass_tag(epoch, pass),
-                           Missing::kDrain, lane);
-    }
-    return __all_sync(~0u, drained);
+    return lane < p.call.num_ranks && lane != p.call.rank && plan.num_tokens[lane] > pass * p.stage.num_slots;
 }
 
 template <bool kBulkCopies>
@@ -224,7 +218,7 @@ __device__ void send(const CombineParams& p, const Plan& plan, uint64_t epoch) {
     if (p.call.num_ranks == 1) return;
     WarpPipeline pipeline = pipeline_of_warp(p.pipeline, threadIdx.x / 32);
     for (int pass = 0; pass < plan.num_passes; ++pass) {
-        if (pass > 0 && !wait_for_drains(p, plan, epoch, pass)) return;
+        if (pass > 0 && !wait_for_drains(p.call, epoch, pass, gets_rows(p, plan, pass))) return;
         if constexpr (kBulkCopies) {
             send_by_bulk_copies(p, plan, pipeline, pass, pass_tag(epoch, pass));
         } else {
@@ -383,16 +377,6 @@ __device__ void sum_weights(const CombineParams& p, const Contributions& from) {
     p.combined_weights[static_cast<int64_t>(from.token) * p.top_k + lane] = sum;
 }
 
-// Lane 0 of a warp that has summed a part of a token: the last one of a pass tells the peers.
-__device__ void count_drained(const CombineParams& p, uint64_t epoch, int pass, uint64_t expected) {
-    stress_sleep(p.call);
-    if (add_acq_rel_gpu(&p.call.state->drained, 1) + 1 != expected) return;
-    for (int r = 0; r < p.call.num_ranks; ++r) {
-        if (r != p.call.rank)
-            store_release_sys(&control_of(p.call, r)->drained[p.call.rank], pass_tag(epoch, pass + 1));
-    }
-}
-
 // All lanes: this rank has drained the pass. Without a limit of its own: the waits for its rows have one.
 __device__ bool wait_for_own_drain(const CombineParams& p, uint64_t expected) {
     bool drained = true;
@@ -448,7 +432,7 @@ __device__ void sum(const CombineParams& p, const Plan& plan, uint64_t epoch) {
             if (!wait_for_rows(p, batch, pass_tag(epoch, pass))) return;
             stress_sleep(p.call);
             sum_batch(p, plan, batch, unit % kSumParts);
-            if (plan.num_passes > 1 && threadIdx.x % 32 == 0) count_drained(p, epoch, pass, expected);
+            if (plan.num_passes > 1 && threadIdx.x % 32 == 0) count_drained(p.call, epoch, pass, expected);
         }
         // A token that went nowhere else can be summed at once: it must not be counted for the pass before it.
         if (pass + 1 < plan.num_passes && !wait_for_own_drain(p, expected)) return;
@@ -483,17 +467,9 @@ __global__ void __launch_bounds__(kThreadsPerBlock, 1) combine(const __grid_cons
 }  // namespace
 
 void launch_combine(const CombineParams& params, const Launch& launch) {
-    auto* kernel = launch.bulk_copies ? combine<true> : combine<false>;
-    kernel<<<launch.num_blocks, kThreadsPerBlock, launch.bulk_copies ? shared_bytes(params.pipeline) : 0,
-             launch.stream>>>(params);
-    check(cudaGetLastError(), "launching the combine kernel");
+    launch_mover(combine<true>, combine<false>, params, launch, "launching the combine kernel");
 }
 
-void prepare_combine() {
-    check(cudaFuncSetAttribute(combine<true>, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes),
-          "loading a kernel");
-    cudaFuncAttributes attributes;
-    check(cudaFuncGetAttributes(&attributes, combine<false>), "loading a kernel");
-}
+void prepare_combine() { prepare_mover(combine<true>, combine<false>); }
 
 }  // namespace hpc_moe::cuda

@@ -20,10 +20,10 @@
 //
 // All blocks must be resident at once: they wait for peers, which wait for them. Sending and draining is done by
 // different warps of a block, and a sending warp never waits for a row.
-#include "cuda/check.h"
 #include "cuda/device/protocol.cuh"
 #include "cuda/device/rows.cuh"
 #include "cuda/dispatch.h"
+#include "cuda/mover.h"
 
 namespace hpc_moe::cuda {
 namespace {
@@ -387,25 +387,17 @@ __device__ void send_by_registers(const DispatchParams& p, const Plan& plan, int
     }
 }
 
-// All lanes: the peers have drained the pass before this one.
-__device__ bool wait_for_drains(const DispatchParams& p, const Plan& plan, uint64_t epoch, int pass) {
+// Whether the lane's rank gets rows of this rank in a pass, and so must have drained the one before.
+__device__ bool gets_rows(const DispatchParams& p, const Plan& plan, int pass) {
     const int lane = threadIdx.x % 32;
-    bool drained = true;
-    if (breaks(p.call, Mutation::kPassWithoutDrain)) return true;
-    if (lane < p.call.num_ranks && plan.targets[lane].staged) {
-        const int rows = rows_between(p, p.call.rank, lane);
-        if (rows > pass * p.stage.num_slots) {
-            drained = wait_for(p.call, &control_of(p.call, p.call.rank)->drained[lane], pass_tag(epoch, pass),
-                               Missing::kDrain, lane);
-        }
-    }
-    return __all_sync(~0u, drained);
+    return lane < p.call.num_ranks && plan.targets[lane].staged &&
+           rows_between(p, p.call.rank, lane) > pass * p.stage.num_slots;
 }
 
 template <bool kBulkCopies>
 __device__ void send(const DispatchParams& p, const Plan& plan, WarpPipeline& pipeline, uint64_t epoch) {
     for (int pass = 0; pass < plan.num_passes; ++pass) {
-        if (pass > 0 && !wait_for_drains(p, plan, epoch, pass)) return;
+        if (pass > 0 && !wait_for_drains(p.call, epoch, pass, gets_rows(p, plan, pass))) return;
         const uint64_t tag = pass_tag(epoch, pass);
         if constexpr (kBulkCopies) {
             send_by_bulk_copies(p, plan, pipeline, pass, tag);
@@ -496,16 +488,6 @@ __device__ int rows_in_pass(const DispatchParams& p, const Plan& plan, int pass,
     return sum;
 }
 
-// Lane 0 of a warp that has drained a part of a row: the last one of a pass tells the peers.
-__device__ void count_drained(const DispatchParams& p, uint64_t epoch, int pass, uint64_t expected) {
-    stress_sleep(p.call);
-    if (add_acq_rel_gpu(&p.call.state->drained, 1) + 1 != expected) return;
-    for (int r = 0; r < p.call.num_ranks; ++r) {
-        if (r != p.call.rank)
-            store_release_sys(&control_of(p.call, r)->drained[p.call.rank], pass_tag(epoch, pass + 1));
-    }
-}
-
 // A draining warp: its parts of the rows staged here, pass by pass, sources in turn.
 __device__ void drain(const DispatchParams& p, const Plan& plan, uint64_t epoch) {
     const int lane = threadIdx.x % 32, others = p.call.num_ranks - 1;
@@ -539,7 +521,7 @@ __device__ void drain(const DispatchParams& p, const Plan& plan, uint64_t epoch)
             }
             poison(row + begin, end - begin, lane);
             __syncwarp();
-            if (plan.num_passes > 1 && lane == 0) count_drained(p, epoch, pass, expected);
+            if (plan.num_passes > 1 && lane == 0) count_drained(p.call, epoch, pass, expected);
         }
     }
 }
@@ -669,17 +651,9 @@ __global__ void __launch_bounds__(kThreadsPerBlock, 1) dispatch(const __grid_con
 }  // namespace
 
 void launch_dispatch(const DispatchParams& params, const Launch& launch) {
-    auto* kernel = launch.bulk_copies ? dispatch<true> : dispatch<false>;
-    kernel<<<launch.num_blocks, kThreadsPerBlock, launch.bulk_copies ? shared_bytes(params.pipeline) : 0,
-             launch.stream>>>(params);
-    check(cudaGetLastError(), "launching the dispatch kernel");
+    launch_mover(dispatch<true>, dispatch<false>, params, launch, "launching the dispatch kernel");
 }
 
-void prepare_dispatch() {
-    check(cudaFuncSetAttribute(dispatch<true>, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes),
-          "loading a kernel");
-    cudaFuncAttributes attributes;
-    check(cudaFuncGetAttributes(&attributes, dispatch<false>), "loading a kernel");
-}
+void prepare_dispatch() { prepare_mover(dispatch<true>, dispatch<false>); }
 
 }  // namespace hpc_moe::cuda

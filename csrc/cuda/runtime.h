@@ -28,7 +28,6 @@ class Window {
     Window(const Window&) = delete;
     Window& operator=(const Window&) = delete;
 
-    int device() const { return device_; }
     uint8_t* address() const { return address_; }
     int64_t num_bytes() const { return num_bytes_; }
 

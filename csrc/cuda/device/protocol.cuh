@@ -182,6 +182,31 @@ __device__ inline bool meet(const Call& call, uint64_t epoch) {
     return objection.kind == 0;
 }
 
+// Lane 0 of a warp that has drained a unit of work: the last one of a pass tells the peers. `expected` counts the units
+// of this pass and of those before it.
+__device__ inline void count_drained(const Call& call, uint64_t epoch, int pass, uint64_t expected) {
+    stress_sleep(call);
+    if (add_acq_rel_gpu(&call.state->drained, 1) + 1 != expected) return;
+    for (int r = 0; r < call.num_ranks; ++r) {
+        if (r == call.rank) continue;
+        store_release_sys(&control_of(call, r)->drained[call.rank], pass_tag(epoch, pass + 1));
+    }
+}
+
+// All lanes of a sending warp: the ranks that get rows in this pass (lane r: whether rank r does) have drained the one
+// before.
+__device__ inline bool wait_for_drains(const Call& call, uint64_t epoch, int pass, bool gets_rows) {
+    const int lane = threadIdx.x % 32;
+    bool drained = true;
+    if (gets_rows && !breaks(call, Mutation::kPassWithoutDrain)) {
+        const uint64_t* word = &control_of(call, call.rank)->drained[lane];
+        drained = wait_for(call, word, pass_tag(epoch, pass), Missing::kDrain, lane);
+    }
+    drained = __all_sync(~0u, drained);
+    __syncwarp();  // what one lane has acquired, all have
+    return drained;
+}
+
 // All threads: counts the block as done. True in the last block, which then knows what all others did.
 __device__ inline bool is_last_block(const Call& call) {
     __shared__ uint32_t order;

@@ -100,6 +100,7 @@ class CudaBackend(Backend):
             self.runtime.window, self.runtime.pool_offset, self.runtime.pool_bytes, self.device
         )
         self.comm_stream = torch.cuda.Stream(self.device, priority=-1)
+        self.memory = torch.cuda.get_device_properties(self.device).total_memory
         self.epoch = 0
         self.counters = {name: Counter() for name in OPERATIONS[:2]}
         self._agreed_names: dict[str, list[str]] = {}
@@ -153,7 +154,7 @@ class CudaBackend(Backend):
             )
         if pending is not None:
             raise pending
-        return counted.layout, self._known(lane.event)
+        return counted.layout, self.known_event(lane.event)
 
     def check_normal(self, request: DispatchRequest | CombineRequest) -> None:
         if isinstance(request, DispatchRequest):
@@ -162,10 +163,10 @@ class CudaBackend(Backend):
             num_scales = 0 if request.scales is None else request.scales.shape[1]
             row_bytes = request.x.shape[1] * request.x.element_size()
             self._check_sizes(top_k, request.num_experts)
-            memory = torch.cuda.get_device_properties(self.device).total_memory
-            if request.num_worst_tokens * row_bytes > memory:
+            if request.num_worst_tokens * row_bytes > self.memory:
                 raise ArgumentError(
-                    f"num_worst_tokens={request.num_worst_tokens} rows are more than the GPU's memory, {memory} bytes"
+                    f"num_worst_tokens={request.num_worst_tokens} rows are more than the GPU's memory, {self.memory} "
+                    "bytes"
                 )
             if torch.cuda.is_current_stream_capturing() and request.handle is None and request.num_worst_tokens == 0:
                 raise ArgumentError(
@@ -207,7 +208,8 @@ class CudaBackend(Backend):
     def _call(self, name: str, request: DispatchRequest | CombineRequest) -> Iterator[None]:
         """Count the call; when it has taken part, raise what an earlier one is known to have run into."""
         self.epoch += 1
-        self._agreed_names[name] = list(request.agreed())
+        if name not in self._agreed_names:
+            self._agreed_names[name] = list(request.agreed())
         self.counters[name].calls += 1
         pending = self._take_pending()
         self.entered, self._told = Entered.NOTHING, False
@@ -242,11 +244,9 @@ class CudaBackend(Backend):
             index = OPERATIONS.index(name)
             self.runtime.launch_reject(index, text, behind_exchange, lane.stream.cuda_stream)
 
-    def _known(self, event: EventOverlap) -> EventOverlap:
+    def known_event(self, event: EventOverlap) -> EventOverlap:
         """The event, made to raise what is known of a timeout when it is waited for."""
         return EventOverlap(event.event, self._raise_timeout) if event.event is not None else event
-
-    known_event = _known
 
     def enter(self, entered: Entered) -> None:
         """Note how far the call under way has come."""
