@@ -10,18 +10,13 @@
 namespace hpc_moe::cuda {
 
 struct Call {
-    Operation operation;
     int rank;
     int num_ranks;
     uint64_t timeout;             // nanoseconds that a wait may last
     uint8_t* windows[kMaxRanks];  // of every rank, as this process sees them; each starts with a Control
     LocalState* state;
-    HostRecord* host;  // as the device sees it
-    // What this rank announces when it enters: see Entry.
-    int64_t fields[kMaxFields];  // zero where there are fewer
-    int64_t num_tokens;
-    int64_t capacity;
-    int64_t landing[kNumArrays];
+    HostRecord* host;         // as the device sees it
+    Entry entry;              // what this rank announces when it enters, as far as the host knows it
     int32_t behind_exchange;  // runs only if the exchange before it succeeded
     // Stress builds only.
     uint32_t stress_seed;

@@ -1,25 +1,24 @@
 // Combine, inside a node.
 //
-// 1. All ranks meet (device/protocol.cuh): a peer that has entered has drained what was in its stage.
+// 1. All ranks meet (device/protocol.cuh): a peer that has entered has drained what was in its stage. Meanwhile sending
+//    warps load their first rows.
 // 2. *Send.* A warp takes a received row and writes it into the stage of the rank that its token came from: region
 //    of this rank, slot of the token. Rows for different ranks take turns, so all links are used all the time. Rows
 //    that came from this rank itself stay where they are. Lane 0 moves rows by bulk copies; in the grouped layout
 //    all lanes add up a token's copies, and write the float32 sum.
-// 3. *Flags.* As in dispatch.cu, step 3: every few rows, lane 0 waits until its bulk copies are done, the warp
-//    meets, and the lanes release the rows' flags (Control::row_flags, by source and slot), which the summing warps
-//    acquire.
-// 4. *Sum.* Four warps share a few tokens, a quarter of each row to a warp. Each waits for the flags of all ranks
-//    that the tokens went to, and adds the rows in the order of ranks, then the biases, in float32. Sums begin while
-//    later rows are on their way.
+// 3. *Flags.* As in dispatch.cu, step 3: when bulk copies are done, the block's flagging warp releases the rows' flags
+//    (Control::row_flags, by source and slot), which the summing warps acquire. Where rows pass through registers, the
+//    sending warp does.
+// 4. *Sum.* A summing warp takes a token, waits for the flags of all ranks that it went to, and adds the rows in the
+//    order of ranks, then the biases, in float32 (combine_sums.cuh). Sums begin while later rows are on their way.
 // 5. *Passes.* A pass takes as many tokens of every rank as a region has slots. The last summing warp of a pass
 //    counts up (acq_rel) to what was expected, and releases Control::drained at all peers, which acquire it before
 //    the next pass. A rank without tokens in a pass gets no rows in it, nor in later ones: nobody waits for it.
 //
 // The kernel ends when all sums are written, for which all rows had to come. Sending and summing is done by different
 // warps of a block, all blocks are resident at once, and a sending warp never waits for a row.
-#include <cuda_bf16.h>
-
 #include "cuda/combine.h"
+#include "cuda/combine_sums.cuh"
 #include "cuda/device/protocol.cuh"
 #include "cuda/device/rows.cuh"
 #include "cuda/mover.h"
@@ -27,157 +26,144 @@
 namespace hpc_moe::cuda {
 namespace {
 
-constexpr int kSumParts = 4;  // warps that share a token
-constexpr int kTokensPerBatch = 32 / kMaxRanks;
-constexpr int kChunkBytes = 512;  // of a row, 16 bytes a lane
-
-// What a block knows once all ranks have entered.
-struct Plan {
-    int32_t num_tokens[kMaxRanks];  // of every rank
-    int32_t first_from[kMaxRanks];  // where its rows begin in x
-    int32_t rows_from[kMaxRanks];   // and how many there are
-    int32_t most_rows;              // of another rank
-    int32_t num_passes;
-    bool go;
-};
-
-// Warp 0, before the peers have entered.
-__device__ void begin_plan(const CombineParams& p, Plan& plan) {
-    const int lane = threadIdx.x % 32, ranks = p.call.num_ranks;
-    int rows = 0;
-    if (lane < ranks) {
-        const int first = lane > 0 ? p.rank_prefix_matrix[(lane - 1) * ranks + p.call.rank] : 0;
-        rows = p.rank_prefix_matrix[lane * ranks + p.call.rank] - first;
-        plan.first_from[lane] = first;
-        plan.rows_from[lane] = rows;
-        if (lane == p.call.rank) rows = 0;
-    }
-    rows = __reduce_max_sync(~0u, rows);
-    if (lane == 0) plan.most_rows = rows;
-    __syncwarp();
-}
-
-// Warp 0, after all ranks have entered.
-__device__ void finish_plan(const CombineParams& p, uint64_t epoch, Plan& plan) {
+// The last warp, after all ranks have entered.
+__device__ void finish_plan(const CombineParams& p, Plan& plan) {
     const int lane = threadIdx.x % 32, ranks = p.call.num_ranks;
     int passes = 1;
     if (lane < ranks) {
-        plan.num_tokens[lane] = static_cast<int>(entry_of(p.call, epoch, lane).num_tokens);
+        plan.num_tokens[lane] = static_cast<int>(plan.entries[lane].num_tokens);
         if (ranks > 1) passes = max(1, (plan.num_tokens[lane] + p.stage.num_slots - 1) / p.stage.num_slots);
     }
     passes = __reduce_max_sync(~0u, passes);
-    if (lane == 0) plan.num_passes = passes;
+    if (lane == 0) {
+        plan.num_passes = passes;
+        plan.first_own = p.call.rank > 0 ? p.rank_prefix_matrix[(p.call.rank - 1) * ranks + p.call.rank] : 0;
+    }
     __syncwarp();
-}
-
-__device__ uint8_t* slot_at(const CombineParams& p, int rank, int source, int slot) {
-    return p.call.windows[rank] + p.stage.offset + source * p.stage.region_bytes + slot * p.stage.slot_bytes;
 }
 
 // --- sending -----------------------------------------------------------------------------------------------------
 
-// A piece of a received row on its way back. The same in all lanes.
+// A received row, or a piece of it, on its way back. The same in all lanes.
 struct Outgoing {
-    int row = -1;  // of x, in the token layout; else the received token
-    int piece = 0;
-    int rank = 0;
-    int slot = 0;
+    int row;  // of x, in the token layout; else the received token
+    int piece;
+    int rank;
+    int token;  // of that rank
 };
 
-// The item of a sending warp: rows of the other ranks in turn. row -1: there is none, or not in this pass.
-__device__ Outgoing outgoing_item(const CombineParams& p, const Plan& plan, int64_t item, int pass) {
-    const int others = p.call.num_ranks - 1;
-    Outgoing out;
-    out.rank = (p.call.rank + 1 + static_cast<int>(item % others)) % p.call.num_ranks;
-    const int index = static_cast<int>(item / others);
-    if (index >= plan.rows_from[out.rank]) return out;
-    const int row = plan.first_from[out.rank] + index;
-    out.slot = p.recv_source_index[row] - pass * p.stage.num_slots;
-    if (out.slot >= 0 && out.slot < p.stage.num_slots) out.row = row;
-    return out;
+// The slot of a token in a pass; -1 if it has none.
+__device__ int slot_of(const CombineParams& p, int token, int pass) {
+    const int slot = token - pass * p.stage.num_slots;
+    return slot >= 0 && slot < p.stage.num_slots ? slot : -1;
 }
 
-__device__ void send_weights(const CombineParams& p, const Outgoing& out) {
+__device__ uint64_t* flag_of(const CombineParams& p, int rank, int slot) {
+    return &control_of(p.call, rank)->row_flags[p.call.rank][slot];
+}
+
+__device__ void send_weights(const CombineParams& p, const Outgoing& out, int slot) {
     const int lane = threadIdx.x % 32;
     if (p.topk_weights == nullptr || lane >= p.top_k) return;
     int64_t at = static_cast<int64_t>(out.row) * p.top_k + lane;
     if (p.grouped) at = p.grouped_rows[at];
     const float weight = at >= 0 ? p.topk_weights[at] : 0.0f;
-    reinterpret_cast<float*>(slot_at(p, out.rank, p.call.rank, out.slot) + p.slot_weights)[lane] = weight;
+    reinterpret_cast<float*>(slot_at(p, out.rank, p.call.rank, slot) + p.slot_weights)[lane] = weight;
 }
 
-// Lane j: the rank may read the warp's j-th row when it has arrived.
-__device__ void owe_flag(const CombineParams& p, const Outgoing& out, DueFlags& due) {
-    if (out.piece != p.pipeline.pieces_per_row - 1) return;
-    if (threadIdx.x % 32 == due.num_rows) due.flag = &control_of(p.call, out.rank)->row_flags[p.call.rank][out.slot];
-    due.num_rows += 1;
-}
+// A sending warp's rows, those of the other ranks in turn; for bulk copies: see RowPump.
+class Rows {
+   public:
+    using Piece = Outgoing;
 
-// Sends a piece that was loaded.
-__device__ void store_piece(const CombineParams& p, WarpPipeline& pipeline, const Outgoing& out, DueFlags& due) {
-    const int offset = out.piece * p.pipeline.piece_bytes;
-    if (threadIdx.x % 32 == 0) {
-        pipeline.wait_filled();
-        bulk_store(slot_at(p, out.rank, p.call.rank, out.slot) + offset, pipeline.filled(),
-                   min(p.pipeline.piece_bytes, p.row_bytes - offset));
-        commit_stores();
+    __device__ explicit Rows(const CombineParams& p) : p_(p), role_(sender_role(p.pipeline)) {
+        const int lane = threadIdx.x % 32, ranks = p.call.num_ranks;
+        if (lane < ranks) {
+            first_ = lane > 0 ? p.rank_prefix_matrix[(lane - 1) * ranks + p.call.rank] : 0;
+            end_ = p.rank_prefix_matrix[lane * ranks + p.call.rank];
+        }
+        const int most = __reduce_max_sync(~0u, lane == p.call.rank ? 0 : end_ - first_);
+        num_items_ = static_cast<int64_t>(most) * (ranks - 1);
+        go_to_first();
     }
-    pipeline.num_emptied += 1;
-    if (out.piece == 0) send_weights(p, out);
-    owe_flag(p, out, due);
-}
 
-__device__ void send_by_bulk_copies(const CombineParams& p, const Plan& plan, WarpPipeline& pipeline, int pass,
-                                    uint64_t tag) {
-    const int64_t items = static_cast<int64_t>(plan.most_rows) * (p.call.num_ranks - 1);
-    const Role role = sender_role(p.pipeline);
-    Outgoing ahead;
-    DueFlags due;
-    for (int64_t item = role.index; item < items; item += role.count) {
-        Outgoing next = outgoing_item(p, plan, item, pass);
-        if (next.row < 0) continue;
-        for (next.piece = 0; next.piece < p.pipeline.pieces_per_row; ++next.piece) {
-            finish_stores(p.call, due, tag);  // of the piece before last, whose buffer this one takes
-            const int offset = next.piece * p.pipeline.piece_bytes;
-            if (threadIdx.x % 32 == 0) {
-                pipeline.fill(p.x + next.row * p.x_stride + offset, min(p.pipeline.piece_bytes, p.row_bytes - offset));
-            }
-            pipeline.num_filled += 1;
-            if (ahead.row >= 0) store_piece(p, pipeline, ahead, due);
-            ahead = next;
+    // From now on what is not needed in this pass is left out; before, nothing is known of passes.
+    __device__ void begin_pass(uint64_t epoch, int pass) {
+        if (pass > 0) go_to_first();
+        pass_ = pass;
+        tag_ = pass_tag(epoch, pass);
+    }
+
+    __device__ bool next(Outgoing& out) {
+        for (; item_ < num_items_; go_on()) {
+            if (here_.row < 0 || (pass_ >= 0 && slot_of(p_, here_.token, pass_) < 0)) continue;
+            out = here_;
+            here_.piece += 1;
+            if (here_.piece == p_.pipeline.pieces_per_row) go_on();
+            return true;
+        }
+        return false;
+    }
+
+    __device__ void load(const Outgoing& out, const RowBuffers& buffers) const {
+        const int offset = out.piece * p_.pipeline.piece_bytes;
+        buffers.fill(p_.x + out.row * p_.x_stride + offset, min(p_.pipeline.piece_bytes, p_.row_bytes - offset),
+                     nullptr, 0, 0);
+    }
+
+    __device__ void store(const Outgoing& out, const uint8_t* buffer, OwedFlags& flags) const {
+        const int slot = slot_of(p_, out.token, pass_), offset = out.piece * p_.pipeline.piece_bytes;
+        if (slot < 0) return;
+        if (threadIdx.x % 32 == 0) {
+            bulk_store(slot_at(p_, out.rank, p_.call.rank, slot) + offset, buffer,
+                       min(p_.pipeline.piece_bytes, p_.row_bytes - offset));
+        }
+        if (out.piece == 0) send_weights(p_, out, slot);
+        if (out.piece == p_.pipeline.pieces_per_row - 1) {
+            flags.add(threadIdx.x % 32 == 0, flag_of(p_, out.rank, slot), tag_);
         }
     }
-    finish_stores(p.call, due, tag);
-    if (ahead.row >= 0) store_piece(p, pipeline, ahead, due);
-    finish_all_stores(p.call, due, tag);
-}
 
-__device__ void add_bf16(float (&sum)[8], const uint4& row) {
-    const uint32_t words[4] = {row.x, row.y, row.z, row.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        sum[2 * i] += __uint_as_float(words[i] << 16);
-        sum[2 * i + 1] += __uint_as_float(words[i] & 0xffff0000u);
+   private:
+    // row -1: a rank that sent fewer rows has none for this item.
+    __device__ Outgoing outgoing(int64_t item) const {
+        const int others = p_.call.num_ranks - 1;
+        Outgoing out{-1, 0, (p_.call.rank + 1 + static_cast<int>(item % others)) % p_.call.num_ranks, -1};
+        const int64_t row = __shfl_sync(~0u, first_, out.rank) + item / others;
+        if (item >= num_items_ || row >= __shfl_sync(~0u, end_, out.rank)) return out;
+        out.row = static_cast<int>(row);
+        out.token = p_.recv_source_index[row];
+        return out;
     }
-}
 
-// The float32 sum of a received token's copies, 8 channels from `channel_bytes` (of bf16) on.
-__device__ void sum_copies(const CombineParams& p, int64_t received, int channel_bytes, float (&sum)[8]) {
-#pragma unroll
-    for (float& value : sum) value = 0.0f;
-    for (int k = 0; k < p.top_k; ++k) {
-        const int64_t row = p.grouped_rows[received * p.top_k + k];
-        if (row >= 0) add_bf16(sum, load_16(p.x + row * p.x_stride + channel_bytes));
+    __device__ void go_to_first() {
+        item_ = role_.index;
+        here_ = outgoing(item_);
+        after_ = outgoing(item_ + role_.count);
     }
-}
+
+    __device__ void go_on() {
+        item_ += role_.count;
+        here_ = after_;
+        after_ = outgoing(item_ + role_.count);  // not needed until the item after this one
+    }
+
+    const CombineParams& p_;
+    const Role role_;
+    int first_ = 0, end_ = 0;  // lane r: the rows of x that came from rank r
+    int64_t num_items_;
+    int64_t item_;
+    Outgoing here_, after_;  // of this item and the one after
+    int pass_ = -1;          // not known
+    uint64_t tag_ = 0;
+};
 
 __device__ uint4 float_bits_of(const float* values) {
     return make_uint4(__float_as_uint(values[0]), __float_as_uint(values[1]), __float_as_uint(values[2]),
                       __float_as_uint(values[3]));
 }
 
-__device__ void write_row(const CombineParams& p, const Outgoing& out) {
-    uint8_t* const slot = slot_at(p, out.rank, p.call.rank, out.slot);
+__device__ void write_row(const CombineParams& p, const Outgoing& out, uint8_t* slot) {
     if (!p.grouped) {
         uint8_t* const to[1] = {slot};
         copy_row<1>(p.x + out.row * p.x_stride, to, 0, p.row_bytes);
@@ -191,19 +177,15 @@ __device__ void write_row(const CombineParams& p, const Outgoing& out) {
     }
 }
 
-__device__ void send_by_registers(const CombineParams& p, const Plan& plan, int pass, uint64_t tag) {
-    const int64_t items = static_cast<int64_t>(plan.most_rows) * (p.call.num_ranks - 1);
-    const Role role = sender_role(p.pipeline);
-    for (int64_t item = role.index; item < items; item += role.count) {
-        Outgoing out = outgoing_item(p, plan, item, pass);
-        if (out.row < 0) continue;
-        out.piece = p.pipeline.pieces_per_row - 1;
-        DueFlags due;
-        owe_flag(p, out, due);
-        if (breaks(p.call, Mutation::kFlagBeforeRow)) due.raise(p.call, tag);
-        write_row(p, out);
-        send_weights(p, out);
-        due.raise(p.call, tag);
+__device__ void send_by_registers(const CombineParams& p, Rows& rows, int pass, uint64_t tag) {
+    for (Outgoing out; rows.next(out);) {
+        const int slot = slot_of(p, out.token, pass);
+        const bool owes = threadIdx.x % 32 == 0;
+        uint64_t* const flag = flag_of(p, out.rank, slot);
+        if (breaks(p.call, Mutation::kFlagBeforeRow)) raise_flag(p.call, owes, flag, tag);
+        write_row(p, out, slot_at(p, out.rank, p.call.rank, slot));
+        send_weights(p, out, slot);
+        raise_flag(p.call, owes, flag, tag);
     }
 }
 
@@ -213,255 +195,73 @@ __device__ bool gets_rows(const CombineParams& p, const Plan& plan, int pass) {
     return lane < p.call.num_ranks && lane != p.call.rank && plan.num_tokens[lane] > pass * p.stage.num_slots;
 }
 
-template <bool kBulkCopies>
-__device__ void send(const CombineParams& p, const Plan& plan, uint64_t epoch) {
-    if (p.call.num_ranks == 1) return;
-    WarpPipeline pipeline = pipeline_of_warp(p.pipeline, threadIdx.x / 32);
+// A sending warp, pass by pass. `pump`: null where rows pass through registers.
+__device__ void send(const CombineParams& p, const Plan& plan, Rows& rows, RowPump<Rows>* pump, uint64_t epoch) {
     for (int pass = 0; pass < plan.num_passes; ++pass) {
-        if (pass > 0 && !wait_for_drains(p.call, epoch, pass, gets_rows(p, plan, pass))) return;
-        if constexpr (kBulkCopies) {
-            send_by_bulk_copies(p, plan, pipeline, pass, pass_tag(epoch, pass));
+        if (pass > 0 && !wait_for_drains(p.call, epoch, pass, gets_rows(p, plan, pass))) break;
+        rows.begin_pass(epoch, pass);
+        if (pump) {
+            pump->move(p.call, rows);
         } else {
-            send_by_registers(p, plan, pass, pass_tag(epoch, pass));
+            send_by_registers(p, rows, pass, pass_tag(epoch, pass));
         }
     }
-}
-
-// --- summing -----------------------------------------------------------------------------------------------------
-
-// Tokens that a warp sums one after the other, so that it waits for their flags at once: lane 8 j + r knows whether
-// token j went to rank r, and as which of its rows.
-struct Batch {
-    int first_token, first_slot, num_tokens;
-    int position;  // the lane's, as in send_position
-};
-
-// The rows of one token of a batch, the same in all lanes.
-struct Contributions {
-    int token, slot;
-    uint32_t ranks;  // a bit for each rank that sends a row
-    int received;    // this rank's own row, -1: none
-};
-
-__device__ Batch load_batch(const CombineParams& p, int first_token, int first_slot, int num_tokens) {
-    const int lane = threadIdx.x % 32, token = lane / kMaxRanks, rank = lane % kMaxRanks;
-    Batch batch{first_token, first_slot, num_tokens, -1};
-    if (token < num_tokens && rank < p.call.num_ranks) {
-        batch.position = p.send_position[static_cast<int64_t>(first_token + token) * p.call.num_ranks + rank];
-    }
-    return batch;
-}
-
-__device__ Contributions contributions_of(const CombineParams& p, const Plan& plan, const Batch& batch, int index) {
-    Contributions found{batch.first_token + index, batch.first_slot + index, 0, -1};
-    found.ranks = __ballot_sync(~0u, batch.position >= 0) >> (kMaxRanks * index) & ((1u << kMaxRanks) - 1);
-    found.received = __shfl_sync(~0u, batch.position, kMaxRanks * index + p.call.rank);
-    if (found.received >= 0) found.received += plan.first_from[p.call.rank];
-    return found;
-}
-
-// Where the row from `rank` lies.
-__device__ const uint8_t* row_from(const CombineParams& p, const Contributions& from, int rank) {
-    return rank == p.call.rank ? p.x + from.received * p.x_stride : slot_at(p, p.call.rank, rank, from.slot);
-}
-
-// All lanes: the rows of the batch have come from all other ranks.
-__device__ bool wait_for_rows(const CombineParams& p, const Batch& batch, uint64_t tag) {
-    const int lane = threadIdx.x % 32, rank = lane % kMaxRanks;
-    bool there = true;
-    if (batch.position >= 0 && rank != p.call.rank && !breaks(p.call, Mutation::kRowsWithoutFlag)) {
-        const uint64_t* flag = &control_of(p.call, p.call.rank)->row_flags[rank][batch.first_slot + lane / kMaxRanks];
-        there = wait_for(p.call, flag, tag, Missing::kRow, rank);
-    }
-    there = __all_sync(~0u, there);
-    __syncwarp();  // what one lane has acquired, all have
-    return there;
-}
-
-// Adds the biases to 8 channels, from byte `at` of the token's row on, rounds, and writes them.
-__device__ void finish_sum(const CombineParams& p, int64_t token_begin, int at, float (&sum)[8]) {
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
-        if (p.biases[b]) add_bf16(sum, load_16(p.biases[b] + token_begin + at));
-    }
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(sum[2 * i], sum[2 * i + 1]);
-        words[i] = *reinterpret_cast<const uint32_t*>(&pair);
-    }
-    store_16(p.combined + token_begin + at, make_uint4(words[0], words[1], words[2], words[3]));
-}
-
-// Bytes [begin, end) of the token's sum, of up to kRows rows. The additions are what takes the time, so nothing else is
-// in the loop; and all loads of a step come before its first addition. A row that is not there adds zeros.
-template <int kRows, int kUnroll>
-__device__ void sum_rows(const CombineParams& p, const Contributions& from, int begin, int end) {
-    const uint8_t* rows[kRows];
-    const int count = __popc(from.ranks);
-    uint32_t left = from.ranks;
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-        rows[i] = left ? row_from(p, from, __ffs(left) - 1) : nullptr;
-        left &= left - 1;
-    }
-    const int64_t token_begin = static_cast<int64_t>(from.token) * p.row_bytes;
-    for (int first = begin + 16 * (threadIdx.x % 32); first < end; first += kUnroll * kChunkBytes) {
-        uint4 values[kUnroll][kRows];
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-#pragma unroll
-            for (int u = 0; u < kUnroll; ++u) {
-                const int at = first + u * kChunkBytes;
-                values[u][i] = load_16_if(i < count && at < end, rows[i] + at);
-            }
-        }
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            float sum[8] = {};
-#pragma unroll
-            for (int i = 0; i < kRows; ++i) add_bf16(sum, values[u][i]);
-            if (first + u * kChunkBytes < end) finish_sum(p, token_begin, first + u * kChunkBytes, sum);
-        }
-    }
-}
-
-__device__ void sum_token(const CombineParams& p, const Contributions& from, int begin, int end) {
-    const int count = __popc(from.ranks);
-    if (count <= 2) {
-        sum_rows<2, 7>(p, from, begin, end);
-    } else if (count <= 4) {
-        sum_rows<4, 4>(p, from, begin, end);
-    } else {
-        sum_rows<8, 2>(p, from, begin, end);
-    }
-}
-
-// The same where what travels is float32, and this rank's own copies have yet to be added up.
-__device__ void sum_grouped_token(const CombineParams& p, const Contributions& from, int begin, int end) {
-    for (int at = begin + 16 * (threadIdx.x % 32); at < end; at += kChunkBytes) {
-        float sum[8] = {};
-        for (uint32_t left = from.ranks; left != 0; left &= left - 1) {
-            const int rank = __ffs(left) - 1;
-            float part[8];
-            if (rank == p.call.rank) {
-                sum_copies(p, from.received, at, part);
-            } else {
-                const uint8_t* row = slot_at(p, p.call.rank, rank, from.slot) + 2 * at;
-                const uint4 low = load_16(row), high = load_16(row + 16);
-                const uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-                for (int c = 0; c < 8; ++c) part[c] = __uint_as_float(words[c]);
-            }
-#pragma unroll
-            for (int c = 0; c < 8; ++c) sum[c] += part[c];
-        }
-        finish_sum(p, static_cast<int64_t>(from.token) * p.row_bytes, at, sum);
-    }
-}
-
-__device__ void sum_weights(const CombineParams& p, const Contributions& from) {
-    const int lane = threadIdx.x % 32;
-    if (lane >= p.top_k) return;
-    float sum = 0.0f;
-    for (uint32_t left = from.ranks; left != 0; left &= left - 1) {
-        const int rank = __ffs(left) - 1;
-        if (rank != p.call.rank) {
-            sum += reinterpret_cast<const float*>(slot_at(p, p.call.rank, rank, from.slot) + p.slot_weights)[lane];
-        } else {
-            int64_t at = static_cast<int64_t>(from.received) * p.top_k + lane;
-            if (p.grouped) at = p.grouped_rows[at];
-            if (at >= 0) sum += p.topk_weights[at];
-        }
-    }
-    p.combined_weights[static_cast<int64_t>(from.token) * p.top_k + lane] = sum;
-}
-
-// All lanes: this rank has drained the pass. Without a limit of its own: the waits for its rows have one.
-__device__ bool wait_for_own_drain(const CombineParams& p, uint64_t expected) {
-    bool drained = true;
-    if (threadIdx.x % 32 == 0) {
-        while (drained && load_acquire_sys(&p.call.state->drained) < expected) {
-            drained = !load_relaxed_gpu(&p.call.state->gave_up);
-        }
-    }
-    return __all_sync(~0u, drained);
-}
-
-// Stress builds: nobody may read this part of the token's rows again.
-__device__ void poison_rows(const CombineParams& p, const Contributions& from, int begin, int end) {
-#ifdef HPC_MOE_STRESS
-    const int scale = p.grouped ? 2 : 1;
-    for (uint32_t left = from.ranks & ~(1u << p.call.rank); left != 0; left &= left - 1) {
-        uint8_t* row = slot_at(p, p.call.rank, __ffs(left) - 1, from.slot);
-        poison(row + scale * begin, scale * (end - begin), threadIdx.x % 32);
-    }
-#endif
-}
-
-// A summing warp's share of a batch, whose rows have come.
-__device__ void sum_batch(const CombineParams& p, const Plan& plan, const Batch& batch, int part) {
-    const int part_bytes = (p.row_bytes / kSumParts + 127) / 128 * 128;
-    const int begin = min(part * part_bytes, p.row_bytes), end = min(begin + part_bytes, p.row_bytes);
-    for (int index = 0; index < batch.num_tokens; ++index) {
-        const Contributions from = contributions_of(p, plan, batch, index);
-        if (p.grouped) {
-            sum_grouped_token(p, from, begin, end);
-        } else {
-            sum_token(p, from, begin, end);
-        }
-        if (part == 0 && p.combined_weights) sum_weights(p, from);
-        poison_rows(p, from, begin, end);
-    }
-    __syncwarp();
-}
-
-// A summing warp: its parts of this rank's tokens, pass by pass.
-__device__ void sum(const CombineParams& p, const Plan& plan, uint64_t epoch) {
-    const Role role = drainer_role(p.pipeline);
-    // Alone, a rank has no stage, and takes all tokens at once.
-    const int tokens_per_pass = p.call.num_ranks > 1 ? p.stage.num_slots : p.num_tokens;
-    uint64_t expected = 0;
-    for (int pass = 0; pass < plan.num_passes; ++pass) {
-        const int begin_token = pass * tokens_per_pass, tokens = min(tokens_per_pass, p.num_tokens - begin_token);
-        const int units = max(0, (tokens + kTokensPerBatch - 1) / kTokensPerBatch) * kSumParts;
-        expected += units;
-        for (int unit = role.index; unit < units; unit += role.count) {
-            const int slot = unit / kSumParts * kTokensPerBatch;
-            const Batch batch = load_batch(p, begin_token + slot, slot, min(kTokensPerBatch, tokens - slot));
-            if (!wait_for_rows(p, batch, pass_tag(epoch, pass))) return;
-            stress_sleep(p.call);
-            sum_batch(p, plan, batch, unit % kSumParts);
-            if (plan.num_passes > 1 && threadIdx.x % 32 == 0) count_drained(p.call, epoch, pass, expected);
-        }
-        // A token that went nowhere else can be summed at once: it must not be counted for the pass before it.
-        if (pass + 1 < plan.num_passes && !wait_for_own_drain(p, expected)) return;
-    }
+    if (pump) pump->finish();
 }
 
 // --- the kernel ----------------------------------------------------------------------------------------------------
+
+// A block: its warps by their roles. The last one meets the peers while the others load their first rows.
+template <bool kBulkCopies>
+__device__ void move_rows(const CombineParams& p, Plan& plan, FlagRings& rings, uint64_t epoch) {
+    const bool sends = is_sender(p.pipeline) && p.call.num_ranks > 1;
+    if (sends && kBulkCopies) {
+        Rows rows(p);
+        RowPump<Rows> pump(buffers_of_warp(p.pipeline), rings.of[threadIdx.x / 32]);
+        pump.prefetch(rows);
+        block_barrier();
+        if (plan.go) {
+            send(p, plan, rows, &pump, epoch);
+        } else {
+            pump.discard();
+        }
+        return;
+    }
+    if (threadIdx.x / 32 == kLastWarp) {
+        if (blockIdx.x == 0) enter_call(p.call, epoch);
+        const bool go = meet(p.call, epoch, plan.entries);
+        if (go) finish_plan(p, plan);
+        if (threadIdx.x % 32 == 0) plan.go = go;
+    }
+    block_barrier();
+    if (!plan.go) return;
+    if (sends) {
+        Rows rows(p);
+        send(p, plan, rows, nullptr, epoch);
+    } else if (kBulkCopies && is_flagger()) {
+        if (p.call.num_ranks > 1) raise_flags(p.call, p.pipeline, rings);
+    } else if (is_drainer(p.pipeline)) {
+        sum(p, plan, epoch);
+    }
+}
 
 template <bool kBulkCopies>
 __global__ void __launch_bounds__(kThreadsPerBlock, 1) combine(const __grid_constant__ CombineParams p) {
     if constexpr (kBulkCopies && !HPC_MOE_HAS_BULK_COPIES) return;  // never launched there
     __shared__ Plan plan;
+    __shared__ FlagRings rings;
+    if (threadIdx.x / 32 == kLastWarp && blockIdx.x == 0) {
+        fence_acq_rel_sys();  // for enter_call: it takes a while
+    } else {
+        fetch_parameters(p);
+    }
     const uint64_t epoch = begin_epoch(p.call);
-    if constexpr (kBulkCopies) init_pipelines();
-    if (threadIdx.x < 32) {
-        begin_plan(p, plan);
-        const bool go = meet(p.call, epoch);
-        if (go) finish_plan(p, epoch, plan);
-        if (threadIdx.x == 0) plan.go = go;
-    }
+    move_rows<kBulkCopies>(p, plan, rings, epoch);
     __syncthreads();
-    if (plan.go && is_sender(p.pipeline)) {
-        send<kBulkCopies>(p, plan, epoch);
-    } else if (plan.go) {
-        sum(p, plan, epoch);
+    if (threadIdx.x == 0 && is_last_block(p.call)) {
+        if (plan.go) count_passes(p.call, plan.num_passes);
+        end_epoch(p.call, epoch);
     }
-    if (!is_last_block(p.call)) return;
-    if (plan.go && threadIdx.x == 0) count_passes(p.call, plan.num_passes);
-    end_epoch(p.call, epoch);
 }
 
 }  // namespace

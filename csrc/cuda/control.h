@@ -13,6 +13,8 @@ constexpr int kMaxSlots = 8192;         // rows of a source that a window can ho
 constexpr int kMaxFields = 10;          // values of a call that must agree
 constexpr int kTextBytes = 384;         // of a message to the peers
 constexpr int kMaxPasses = 1 << 20;     // of a call; a flag holds epoch * kMaxPasses + pass
+constexpr int kLandingUnit = 128;       // bytes
+constexpr int kMaxBlocks = 256;         // of a kernel that talks to peers
 
 // In the order of Python's OPERATIONS.
 enum class Operation : int32_t { kDispatch, kCombine };
@@ -22,26 +24,36 @@ enum class EntryStatus : int32_t { kFine, kRejected, kBadValue, kTooSmall };
 // Arrays of a dispatch's result, in the order of `landing`.
 enum Array { kRows, kScales, kTopkIndex, kTopkWeights, kSourceIndex, kNumArrays };
 
-// What a rank tells a peer when it enters a call.
+// What a rank tells a peer when it enters a call. Small: one word a lane.
 struct Entry {
     Operation operation;
     EntryStatus status;
-    int64_t fields[kMaxFields];  // must be equal on all ranks
-    int64_t num_tokens;          // of the rank that enters
-    int64_t capacity;            // rows that its outputs have room for, -1: as many as come
-    // Where, in bytes from the start of its window, the peers may put this call's results; [kRows] < 0: nowhere.
-    int64_t landing[kNumArrays];
-    int32_t counts[kMaxRanks];  // rows that it sends to every rank (only in the exchange of an uncached dispatch)
+    int32_t fields[kMaxFields];  // must be equal on all ranks
+    int32_t num_tokens;          // of the rank that enters
+    int32_t capacity;            // rows that its outputs have room for, -1: as many as come
+    int32_t num_blocks;          // of its kernel
+    // Where, in units of kLandingUnit from the start of its window, the peers may put this call's results; [kRows] < 0:
+    // nowhere.
+    int32_t landing[kNumArrays];
     uint64_t detail;            // with kBadValue: see BadValue; with kTooSmall: rows that would come
-    char text[kTextBytes];      // with kRejected
-    uint64_t epoch;             // written last, with release: the rest is there
+    int32_t counts[kMaxRanks];  // rows that it sends to every rank (only in the exchange of an uncached dispatch)
+};
+
+constexpr int kEntryWords = sizeof(Entry) / 4;
+static_assert(kEntryWords <= 32);
+
+// An entry in a window. A word holds 4 bytes of it, and above them the low half of the epoch, so that whoever reads
+// the epoch has the bytes: nothing has to be ordered.
+struct PostedEntry {
+    uint64_t words[kEntryWords];
+    char text[kTextBytes];  // with kRejected; written before the words, which release it
 };
 
 // At the start of every window. All of it is written by peers, each in places of its own, and never cleaned: epochs and
 // passes count up, and a value from an earlier call is smaller than what a wait wants.
 struct Control {
-    Entry entries[2][kMaxRanks];               // by parity of the epoch, and by the rank that enters
-    uint64_t arrived[kMaxRanks];               // epoch of the last call from whose source everything has landed
+    PostedEntry entries[2][kMaxRanks];         // by parity of the epoch, and by the rank that enters
+    uint64_t arrived[kMaxRanks][kMaxBlocks];   // epoch of the last call in which a source's block has sent everything
     uint64_t drained[kMaxRanks];               // epoch * kMaxPasses + passes that this peer has emptied of its window
     uint64_t row_flags[kMaxRanks][kMaxSlots];  // by source and slot: epoch * kMaxPasses + pass of the row in it
     int32_t expert_counts[2][kMaxRanks][kMaxLocalExperts];  // by parity and source: tokens for each local expert

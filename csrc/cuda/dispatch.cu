@@ -2,21 +2,21 @@
 //
 // 1. All ranks meet (device/protocol.cuh). A rank's entry says where in its window this call's results may land;
 //    without such a place its rows are *staged*: they wait in the window's stage, a region per source, and the
-//    receiver moves them to its results.
+//    receiver moves them to its results. Meanwhile sending warps load their first rows.
 // 2. *Send.* A warp takes a token, reads its row once, and writes it to every rank that it goes to, row by row in
-//    turn: all links are used all the time. Lane 0 moves rows by bulk copies through shared memory; the other lanes
-//    write scales and top-k data. Where a row goes follows from counts and positions that both sides know: nothing
-//    is asked. This rank's own rows take the same way, straight to its results; where nothing is staged, the warps
-//    that would drain copy them.
-// 3. *Staged rows.* Every few rows, lane 0 waits until its bulk copies are done (not: read), the warp meets, and the
-//    lanes release the rows' flags in the peers' windows (Control::row_flags, epoch and pass) with one fence. The
-//    receiver's draining warps acquire it, and copy.
+//    turn: all links are used all the time. Lane 0 moves rows, and scales if it can, by bulk copies through shared
+//    memory; the other lanes write the rest. Where a row goes follows from counts and positions that both sides know:
+//    nothing is asked. This rank's own rows take the same way, straight to its results; where nothing is staged, the
+//    warps that would drain copy them.
+// 3. *Staged rows.* When lane 0 knows that bulk copies are done (not: read), it releases their flags (.cta) to the
+//    block's flagging warp, which acquires them, and releases them (fence, then stores) in the peers' windows
+//    (Control::row_flags, epoch and pass). The receiver's draining warps acquire them there, and copy.
 // 4. *Passes.* A region has few slots: rows beyond them wait for the next pass. The last draining warp of a pass
 //    counts up (acq_rel) to what was expected, and releases Control::drained at all peers, which they acquire before
 //    they write the next pass. Across calls, entering is that permission.
-// 5. *End.* Sending threads wait for their bulk copies; the block meets; blocks count (acq_rel); the last one
-//    releases Control::arrived at every peer and acquires that of all of them. So when the kernel ends, all rows are
-//    there.
+// 5. *End.* Sending threads wait for their bulk copies; the block meets; one warp releases Control::arrived, the
+//    block's word, at every peer. Block 0 acquires those of all blocks of all peers. So when the kernel ends, all rows
+//    are there.
 //
 // All blocks must be resident at once: they wait for peers, which wait for them. Sending and draining is done by
 // different warps of a block, and a sending warp never waits for a row.
@@ -41,6 +41,7 @@ struct Target {
 
 // What a block knows once all ranks have entered.
 struct Plan {
+    Entry entries[kMaxRanks];
     Target targets[kMaxRanks];
     int32_t rows_from[kMaxRanks];   // that this rank receives from each source
     int32_t first_from[kMaxRanks];  // and where they begin
@@ -81,17 +82,15 @@ __device__ void find_target(const DispatchParams& p, const Entry& entry, int ran
             target.stride[a] = p.stage.slot_bytes;
         }
     } else if (rank != p.call.rank) {
-        int64_t landing[kNumArrays];  // all loads first
-#pragma unroll
-        for (int a = 0; a < kNumArrays; ++a) landing[a] = entry.landing[a];
-#pragma unroll
         for (int a = 0; a < kNumArrays; ++a) {
-            target.base[a] = landing[a] < 0 ? nullptr : p.call.windows[rank] + landing[a];
+            target.base[a] = entry.landing[a] < 0
+                                 ? nullptr
+                                 : p.call.windows[rank] + static_cast<int64_t>(entry.landing[a]) * kLandingUnit;
         }
     }
 }
 
-// Warp 0, before the peers have entered.
+// The last warp, before the peers have entered.
 __device__ void begin_plan(const DispatchParams& p, Plan& plan) {
     const int lane = threadIdx.x % 32;
     if (lane < p.call.num_ranks) {
@@ -109,13 +108,13 @@ __device__ void begin_plan(const DispatchParams& p, Plan& plan) {
     __syncwarp();
 }
 
-// Warp 0, after all ranks have entered.
-__device__ void finish_plan(const DispatchParams& p, uint64_t epoch, Plan& plan) {
+// The last warp, after all ranks have entered.
+__device__ void finish_plan(const DispatchParams& p, Plan& plan) {
     const int lane = threadIdx.x % 32;
     int passes = 1;
     bool staged = false;
     if (lane < p.call.num_ranks) {
-        const Entry& entry = entry_of(p.call, epoch, lane);
+        const Entry& entry = plan.entries[lane];
         staged = entry.landing[kRows] < 0;
         find_target(p, entry, lane, plan.targets[lane]);
         for (int source = 0; staged && source < p.call.num_ranks; ++source) {
@@ -134,21 +133,26 @@ __device__ void finish_plan(const DispatchParams& p, uint64_t epoch, Plan& plan)
 
 // --- sending -----------------------------------------------------------------------------------------------------
 
-// A piece of a token's row under way. `row` is the lane's: lane r has the row at rank r's target, or -1.
+// A token's row, or a piece of it, under way.
 struct Outgoing {
-    int token = -1;
-    int piece = 0;
-    int row = -1;
+    int token;
+    int piece;
+    int position;  // lane r: index among the tokens for rank r, -1: it does not go there
 };
 
-__device__ int row_at_target(const DispatchParams& p, const Plan& plan, int token, int pass) {
-    const int lane = threadIdx.x % 32;
-    if (lane >= p.call.num_ranks) return -1;
-    const int position = p.send_position[static_cast<int64_t>(token) * p.call.num_ranks + lane];
+// Lane r: the token's row at rank r's target, -1 if it does not go there in this pass.
+__device__ int row_at_target(const DispatchParams& p, const Plan& plan, int position, int pass) {
     if (position < 0) return -1;
-    if (!plan.targets[lane].staged) return pass == 0 ? plan.targets[lane].first + position : -1;
+    const Target& target = plan.targets[threadIdx.x % 32];
+    if (!target.staged) return pass == 0 ? target.first + position : -1;
     const int slot = position - pass * p.stage.num_slots;
     return slot >= 0 && slot < p.stage.num_slots ? slot : -1;
+}
+
+__device__ int load_position(const DispatchParams& p, int token) {
+    const int lane = threadIdx.x % 32;
+    if (lane >= p.call.num_ranks || token >= p.num_tokens) return -1;
+    return p.send_position[static_cast<int64_t>(token) * p.call.num_ranks + lane];
 }
 
 // Lane k's expert of the token, -1 where it has none.
@@ -172,14 +176,15 @@ __device__ int own_grouped_row(const DispatchParams& p, int token, int received)
     return p.source_begin[p.call.rank * p.experts_per_rank + local] + position;
 }
 
-__device__ void write_scales(const DispatchParams& p, const Plan& plan, const Outgoing& out) {
+// `at_target`: lane r has the row there, or -1; and so in what follows.
+__device__ void write_scales(const DispatchParams& p, const Plan& plan, int token, int at_target) {
     const int lane = threadIdx.x % 32;
-    const uint32_t* from = p.scales + out.token * p.scale_token_stride;
+    const uint32_t* from = p.scales + token * p.scale_token_stride;
     for (int first = 0; first < p.num_scales; first += 32) {
         const int channel = first + lane;
         const uint32_t value = channel < p.num_scales ? from[channel * p.scale_channel_stride] : 0;
         for (int r = 0; r < p.call.num_ranks; ++r) {
-            const int row = __shfl_sync(~0u, out.row, r);
+            const int row = __shfl_sync(~0u, at_target, r);
             if (row < 0 || channel >= p.num_scales || (p.grouped && r == p.call.rank)) continue;
             const Target& target = plan.targets[r];
             reinterpret_cast<uint32_t*>(target.base[kScales] + row * target.stride[kScales])[channel] = value;
@@ -188,14 +193,14 @@ __device__ void write_scales(const DispatchParams& p, const Plan& plan, const Ou
 }
 
 // Expert indices become those of the receiving rank; an expert elsewhere is -1, with weight 0.
-__device__ void write_topk(const DispatchParams& p, const Plan& plan, const Outgoing& out) {
+__device__ void write_topk(const DispatchParams& p, const Plan& plan, int token, int at_target) {
     const int lane = threadIdx.x % 32;
-    const int expert = expert_of(p, out.token);
-    const int64_t at = static_cast<int64_t>(out.token) * p.top_k + lane;
+    const int expert = expert_of(p, token);
+    const int64_t at = static_cast<int64_t>(token) * p.top_k + lane;
     const float weight = lane < p.top_k && p.topk_weights ? p.topk_weights[at] : 0.0f;
     const int position = lane < p.top_k && p.expert_position ? p.expert_position[at] : -1;
     for (int r = 0; r < p.call.num_ranks; ++r) {
-        const int row = __shfl_sync(~0u, out.row, r);
+        const int row = __shfl_sync(~0u, at_target, r);
         if (row < 0 || (p.grouped && r == p.call.rank)) continue;
         const Target& target = plan.targets[r];
         const int local = expert - r * p.experts_per_rank;
@@ -212,7 +217,7 @@ __device__ void write_topk(const DispatchParams& p, const Plan& plan, const Outg
             reinterpret_cast<int32_t*>(target.base[kPositions] + row * target.stride[kPositions])[lane] = position;
         }
         if (lane == 0 && target.base[kSourceIndex]) {
-            *reinterpret_cast<int32_t*>(target.base[kSourceIndex] + row * target.stride[kSourceIndex]) = out.token;
+            *reinterpret_cast<int32_t*>(target.base[kSourceIndex] + row * target.stride[kSourceIndex]) = token;
         }
     }
 }
@@ -229,38 +234,35 @@ __device__ void write_grouped_details(const DispatchParams& p, int row, const ui
 }
 
 // This rank's own token in the grouped layout: all that goes with its rows. Lane k has `grouped_row`.
-__device__ __noinline__ void write_own_grouped(const DispatchParams& p, const Outgoing& out, int received,
-                                               int grouped_row) {
+__device__ __noinline__ void write_own_grouped(const DispatchParams& p, int token, int received, int grouped_row) {
     const int lane = threadIdx.x % 32;
-    const int64_t at = static_cast<int64_t>(out.token) * p.top_k + lane;
+    const int64_t at = static_cast<int64_t>(token) * p.top_k + lane;
     const float weight = lane < p.top_k && p.topk_weights ? p.topk_weights[at] : 0.0f;
-    const int local = expert_of(p, out.token) - p.call.rank * p.experts_per_rank;
+    const int local = expert_of(p, token) - p.call.rank * p.experts_per_rank;
     if (!p.cached) {
         if (lane < p.top_k) p.grouped_rows[static_cast<int64_t>(received) * p.top_k + lane] = grouped_row;
-        if (lane == 0) p.recv_source_index[received] = out.token;
+        if (lane == 0) p.recv_source_index[received] = token;
     }
     for (int k = 0; k < p.top_k; ++k) {
         const int row = __shfl_sync(~0u, grouped_row, k), expert = __shfl_sync(~0u, local, k);
         const float w = __shfl_sync(~0u, weight, k);
         if (row < 0) continue;
-        write_grouped_details(p, row, p.scales + out.token * p.scale_token_stride, p.scale_channel_stride, expert, w);
+        write_grouped_details(p, row, p.scales + token * p.scale_token_stride, p.scale_channel_stride, expert, w);
     }
 }
 
-__device__ void write_details(const DispatchParams& p, const Plan& plan, const Outgoing& out) {
-    if (p.num_scales > 0) write_scales(p, plan, out);
-    if (!p.cached) write_topk(p, plan, out);
+__device__ void write_details(const DispatchParams& p, const Plan& plan, int token, int at_target) {
+    if (p.num_scales > 0 && p.pipeline.scale_bytes == 0) write_scales(p, plan, token, at_target);
+    if (!p.cached) write_topk(p, plan, token, at_target);
 }
 
-// Lane 8 j + r: rank r may read the warp's j-th row when it has arrived.
-__device__ void owe_flags(const DispatchParams& p, const Plan& plan, const Outgoing& out, DueFlags& due) {
-    const int lane = threadIdx.x % 32, rank = lane % kMaxRanks;
-    const int slot = __shfl_sync(~0u, out.row, rank);
-    if (!plan.any_staged || out.piece != p.pipeline.pieces_per_row - 1) return;
-    if (lane / kMaxRanks == due.num_rows && slot >= 0 && plan.targets[rank].staged) {
-        due.flag = &control_of(p.call, rank)->row_flags[p.call.rank][slot];
-    }
-    due.num_rows += 1;
+// Lane r: whether rank r waits for a flag of this row.
+__device__ bool owes_flag(const Plan& plan, int at_target) {
+    return at_target >= 0 && plan.targets[threadIdx.x % 32].staged;
+}
+
+__device__ uint64_t* flag_of(const DispatchParams& p, int slot) {
+    return &control_of(p.call, threadIdx.x % kMaxRanks)->row_flags[p.call.rank][slot];
 }
 
 // Where nothing is staged, the draining warps have time: they copy this rank's own rows, through registers, for a bulk
@@ -269,99 +271,120 @@ __device__ bool moves_own_rows_apart(const DispatchParams& p, const Plan& plan) 
     return !plan.any_staged && !p.grouped;
 }
 
-// Sends a piece that was loaded, and with the first one what goes with the row.
-__device__ void store_piece(const DispatchParams& p, const Plan& plan, WarpPipeline& pipeline, const Outgoing& out,
-                            DueFlags& due) {
-    const int lane = threadIdx.x % 32, offset = out.piece * p.pipeline.piece_bytes;
-    const int bytes = min(p.pipeline.piece_bytes, p.row_bytes - offset);
-    if (lane == 0) pipeline.wait_filled();
-    __syncwarp();
-    for (int i = 1; i <= p.call.num_ranks; ++i) {
-        const int r = (p.call.rank + i) % p.call.num_ranks;
-        const int row = __shfl_sync(~0u, out.row, r);
-        if (row < 0) continue;
-        if (r == p.call.rank && moves_own_rows_apart(p, plan)) continue;
-        if (p.grouped && r == p.call.rank) {
-            const int own = own_grouped_row(p, out.token, row);
-            for (int k = 0; k < p.top_k; ++k) {
-                const int64_t to = __shfl_sync(~0u, own, k);
-                if (to >= 0 && lane == 0) bulk_store(p.recv_rows + to * p.row_bytes + offset, pipeline.filled(), bytes);
+// A sending warp's tokens, for bulk copies: see RowPump.
+class Tokens {
+   public:
+    using Piece = Outgoing;
+
+    __device__ Tokens(const DispatchParams& p, const Plan& plan) : p_(p), plan_(plan), role_(sender_role(p.pipeline)) {
+        go_to_first();
+    }
+
+    // From now on what is not needed in this pass is left out; before, nothing is known of passes.
+    __device__ void begin_pass(uint64_t epoch, int pass) {
+        if (pass > 0) go_to_first();
+        pass_ = pass;
+        tag_ = pass_tag(epoch, pass);
+    }
+
+    __device__ bool next(Outgoing& out) {
+        for (; token_ < p_.num_tokens; go_on()) {
+            const int row = pass_ < 0 ? position_ : row_at_target(p_, plan_, position_, pass_);
+            if (!__any_sync(~0u, row >= 0)) continue;
+            out = {token_, piece_, position_};
+            piece_ += 1;
+            if (piece_ == p_.pipeline.pieces_per_row) go_on();
+            return true;
+        }
+        return false;
+    }
+
+    __device__ void load(const Outgoing& out, const RowBuffers& buffers) const {
+        const PipelineShape& shape = p_.pipeline;
+        const int offset = out.piece * shape.piece_bytes;
+        buffers.fill(p_.x + out.token * p_.x_stride + offset, min(shape.piece_bytes, p_.row_bytes - offset),
+                     p_.scales + out.token * p_.scale_token_stride, out.piece == 0 ? shape.scale_bytes : 0,
+                     shape.piece_bytes);
+    }
+
+    __device__ void store(const Outgoing& out, const uint8_t* buffer, OwedFlags& flags) const {
+        const int at_target = row_at_target(p_, plan_, out.position, pass_);
+        for (int i = 1; i <= p_.call.num_ranks; ++i) {
+            const int r = (p_.call.rank + i) % p_.call.num_ranks;
+            const int row = __shfl_sync(~0u, at_target, r);
+            if (row < 0) continue;
+            if (p_.grouped && r == p_.call.rank) {
+                store_own_grouped(out, buffer, row);
+            } else if (threadIdx.x % 32 == 0) {
+                store_to(out, buffer, plan_.targets[r], row, r != p_.call.rank || !moves_own_rows_apart(p_, plan_));
             }
-            if (out.piece == 0) write_own_grouped(p, out, row, own);
-        } else if (lane == 0) {
-            const Target& target = plan.targets[r];
-            bulk_store(target.base[kRows] + row * target.stride[kRows] + offset, pipeline.filled(), bytes);
+        }
+        if (out.piece == 0) write_details(p_, plan_, out.token, at_target);
+        if (plan_.any_staged && out.piece == p_.pipeline.pieces_per_row - 1) {
+            const bool owes = owes_flag(plan_, at_target);
+            flags.add(owes, owes ? flag_of(p_, at_target) : nullptr, tag_);
         }
     }
-    if (lane == 0) commit_stores();
-    pipeline.num_emptied += 1;
-    if (out.piece == 0) write_details(p, plan, out);
-    owe_flags(p, plan, out, due);
-}
 
-// Starts loading the warp's first piece: that takes a while, and nothing need be known of the peers.
-__device__ void prefetch(const DispatchParams& p, WarpPipeline& pipeline) {
-    const int token = sender_role(p.pipeline).index;
-    if (token >= p.num_tokens) return;
-    if (threadIdx.x % 32 == 0) pipeline.fill(p.x + token * p.x_stride, min(p.pipeline.piece_bytes, p.row_bytes));
-    pipeline.num_filled += 1;
-}
+   private:
+    __device__ void go_to_first() {
+        token_ = role_.index;
+        position_ = load_position(p_, token_);
+        next_position_ = load_position(p_, token_ + role_.count);
+        piece_ = 0;
+    }
 
-// Nobody wants what was prefetched.
-__device__ void discard(WarpPipeline& pipeline) {
-    if (pipeline.num_filled == pipeline.num_emptied) return;
-    pipeline.wait_filled();
-    pipeline.num_emptied += 1;
-    __syncwarp();
-}
+    __device__ void go_on() {
+        token_ += role_.count;
+        position_ = next_position_;
+        next_position_ = load_position(p_, token_ + role_.count);  // not needed until the token after this one
+        piece_ = 0;
+    }
 
-// A sending warp's tokens of one pass, by bulk copies.
-__device__ void send_by_bulk_copies(const DispatchParams& p, const Plan& plan, WarpPipeline& pipeline, int pass,
-                                    uint64_t tag) {
-    const int lane = threadIdx.x % 32;
-    Outgoing ahead;
-    DueFlags due;
-    const Role role = sender_role(p.pipeline);
-    for (int token = role.index; token < p.num_tokens; token += role.count) {
-        const bool is_first = token == role.index;
-        const int row = row_at_target(p, plan, token, pass);
-        if (!__any_sync(~0u, row >= 0)) {
-            if (is_first) discard(pipeline);
-            continue;
-        }
-        for (int piece = 0; piece < p.pipeline.pieces_per_row; ++piece) {
-            if (is_first && piece == 0 && pipeline.num_filled > pipeline.num_emptied) {  // prefetched
-                ahead = {token, piece, row};
-                continue;
-            }
-            finish_stores(p.call, due, tag);  // of the piece before last, whose buffer this one takes
-            const int offset = piece * p.pipeline.piece_bytes;
-            if (lane == 0) {
-                pipeline.fill(p.x + token * p.x_stride + offset, min(p.pipeline.piece_bytes, p.row_bytes - offset));
-            }
-            pipeline.num_filled += 1;
-            if (ahead.token >= 0) store_piece(p, plan, pipeline, ahead, due);
-            ahead = {token, piece, row};
+    // Lane 0.
+    __device__ void store_to(const Outgoing& out, const uint8_t* buffer, const Target& target, int row,
+                             bool with_row) const {
+        const int offset = out.piece * p_.pipeline.piece_bytes;
+        const int bytes = min(p_.pipeline.piece_bytes, p_.row_bytes - offset);
+        if (with_row) bulk_store(target.base[kRows] + row * target.stride[kRows] + offset, buffer, bytes);
+        if (p_.pipeline.scale_bytes > 0 && out.piece == 0) {
+            bulk_store(target.base[kScales] + row * target.stride[kScales], buffer + p_.pipeline.piece_bytes,
+                       p_.pipeline.scale_bytes);
         }
     }
-    finish_stores(p.call, due, tag);
-    if (ahead.token >= 0) store_piece(p, plan, pipeline, ahead, due);
-    finish_all_stores(p.call, due, tag);
-}
+
+    __device__ void store_own_grouped(const Outgoing& out, const uint8_t* buffer, int received) const {
+        const int offset = out.piece * p_.pipeline.piece_bytes;
+        const int bytes = min(p_.pipeline.piece_bytes, p_.row_bytes - offset);
+        const int own = own_grouped_row(p_, out.token, received);
+        for (int k = 0; k < p_.top_k; ++k) {
+            const int64_t to = __shfl_sync(~0u, own, k);
+            if (to >= 0 && threadIdx.x % 32 == 0) bulk_store(p_.recv_rows + to * p_.row_bytes + offset, buffer, bytes);
+        }
+        if (out.piece == 0) write_own_grouped(p_, out.token, received, own);
+    }
+
+    const DispatchParams& p_;
+    const Plan& plan_;
+    const Role role_;
+    int token_, piece_, position_, next_position_;  // the next piece; the positions of its token and of the one after
+    int pass_ = -1;                                 // not known
+    uint64_t tag_ = 0;
+};
 
 // A sending warp's tokens of one pass, through registers.
 __device__ void send_by_registers(const DispatchParams& p, const Plan& plan, int pass, uint64_t tag) {
     const Role role = sender_role(p.pipeline);
     for (int token = role.index; token < p.num_tokens; token += role.count) {
-        Outgoing out{token, p.pipeline.pieces_per_row - 1, row_at_target(p, plan, token, pass)};
-        if (!__any_sync(~0u, out.row >= 0)) continue;
+        const int at_target = row_at_target(p, plan, load_position(p, token), pass);
+        if (!__any_sync(~0u, at_target >= 0)) continue;
         const uint8_t* from = p.x + token * p.x_stride;
         uint8_t* to[kMaxRanks] = {};
         int own = -1;
 #pragma unroll
         for (int i = 1; i <= kMaxRanks; ++i) {
             if (i > p.call.num_ranks) break;
-            const int r = (p.call.rank + i) % p.call.num_ranks, row = __shfl_sync(~0u, out.row, r);
+            const int r = (p.call.rank + i) % p.call.num_ranks, row = __shfl_sync(~0u, at_target, r);
             if (row < 0) continue;
             if (p.grouped && r == p.call.rank) {
                 own = row;
@@ -369,9 +392,9 @@ __device__ void send_by_registers(const DispatchParams& p, const Plan& plan, int
                 to[i - 1] = plan.targets[r].base[kRows] + row * plan.targets[r].stride[kRows];
             }
         }
-        DueFlags due;
-        owe_flags(p, plan, out, due);
-        if (breaks(p.call, Mutation::kFlagBeforeRow)) due.raise(p.call, tag);
+        const bool owes = owes_flag(plan, at_target);
+        uint64_t* const flag = owes ? flag_of(p, at_target) : nullptr;
+        if (breaks(p.call, Mutation::kFlagBeforeRow)) raise_flag(p.call, owes, flag, tag);
         copy_row<kMaxRanks>(from, to, 0, p.row_bytes);
         if (own >= 0) {
             const int own_row = own_grouped_row(p, token, own);
@@ -380,10 +403,10 @@ __device__ void send_by_registers(const DispatchParams& p, const Plan& plan, int
                 uint8_t* const copy[1] = {p.recv_rows + row * p.row_bytes};
                 if (row >= 0) copy_row<1>(from, copy, 0, p.row_bytes);
             }
-            write_own_grouped(p, out, own, own_row);
+            write_own_grouped(p, token, own, own_row);
         }
-        write_details(p, plan, out);
-        due.raise(p.call, tag);
+        write_details(p, plan, token, at_target);
+        raise_flag(p.call, owes, flag, tag);
     }
 }
 
@@ -394,16 +417,20 @@ __device__ bool gets_rows(const DispatchParams& p, const Plan& plan, int pass) {
            rows_between(p, p.call.rank, lane) > pass * p.stage.num_slots;
 }
 
-template <bool kBulkCopies>
-__device__ void send(const DispatchParams& p, const Plan& plan, WarpPipeline& pipeline, uint64_t epoch) {
+// A sending warp, pass by pass.
+__device__ void send(const DispatchParams& p, const Plan& plan, RowPump<Tokens>& pump, Tokens& tokens, uint64_t epoch) {
+    for (int pass = 0; pass < plan.num_passes; ++pass) {
+        if (pass > 0 && !wait_for_drains(p.call, epoch, pass, gets_rows(p, plan, pass))) break;
+        tokens.begin_pass(epoch, pass);
+        pump.move(p.call, tokens);
+    }
+    pump.finish();
+}
+
+__device__ void send_by_registers(const DispatchParams& p, const Plan& plan, uint64_t epoch) {
     for (int pass = 0; pass < plan.num_passes; ++pass) {
         if (pass > 0 && !wait_for_drains(p.call, epoch, pass, gets_rows(p, plan, pass))) return;
-        const uint64_t tag = pass_tag(epoch, pass);
-        if constexpr (kBulkCopies) {
-            send_by_bulk_copies(p, plan, pipeline, pass, tag);
-        } else {
-            send_by_registers(p, plan, pass, tag);
-        }
+        send_by_registers(p, plan, pass, pass_tag(epoch, pass));
     }
 }
 
@@ -563,17 +590,21 @@ __device__ __noinline__ void mark_unused(const DispatchParams& p, const Plan& pl
 
 // --- the kernel ----------------------------------------------------------------------------------------------------
 
-// Warp 0 of the last block: tells every peer that all of this rank's rows are there, and waits for theirs.
+// One warp of every block, when all of the block has sent: tells every peer.
 __device__ void tell_arrivals(const DispatchParams& p, uint64_t epoch) {
+    if (load_relaxed_gpu(&p.call.state->gave_up)) return;
     stress_sleep(p.call);
     const int lane = threadIdx.x % 32;
-    if (lane < p.call.num_ranks) store_release_sys(&control_of(p.call, lane)->arrived[p.call.rank], epoch);
+    if (lane < p.call.num_ranks) store_release_sys(&control_of(p.call, lane)->arrived[p.call.rank][blockIdx.x], epoch);
 }
 
-__device__ void wait_for_arrivals(const DispatchParams& p, uint64_t epoch) {
-    const int lane = threadIdx.x % 32;
-    if (lane < p.call.num_ranks && !breaks(p.call, Mutation::kEndWithoutArrivals)) {
-        wait_for(p.call, &control_of(p.call, p.call.rank)->arrived[lane], epoch, Missing::kArrival, lane);
+// Warps of one block, from the second on, a rank each: all blocks of that rank have sent everything.
+__device__ void wait_for_arrivals(const DispatchParams& p, const Plan& plan, uint64_t epoch) {
+    const int rank = static_cast<int>(threadIdx.x / 32) - 1;
+    if (rank >= p.call.num_ranks || breaks(p.call, Mutation::kEndWithoutArrivals)) return;
+    for (int block = threadIdx.x % 32; block < plan.entries[rank].num_blocks; block += 32) {
+        const uint64_t* word = &control_of(p.call, p.call.rank)->arrived[rank][block];
+        if (!wait_for(p.call, word, epoch, Missing::kArrival, rank)) return;
     }
 }
 
@@ -600,52 +631,75 @@ __device__ __noinline__ void clear_call(const DispatchParams& p) {
     }
 }
 
+// The last warp: enters, and meets the peers.
+__device__ void make_plan(const DispatchParams& p, uint64_t epoch, Plan& plan) {
+    if (blockIdx.x == 0) enter_call(p.call, epoch);
+    begin_plan(p, plan);
+    const bool go = meet(p.call, epoch, plan.entries);
+    if (go) finish_plan(p, plan);
+    if (threadIdx.x % 32 == 0) plan.go = go;
+}
+
+// A block that takes part: its warps by their roles.
+template <bool kBulkCopies>
+__device__ void move_rows(const DispatchParams& p, Plan& plan, FlagRings& rings, uint64_t epoch) {
+    const bool sends = is_sender(p.pipeline);
+    if constexpr (kBulkCopies) {
+        if (sends) {
+            Tokens tokens(p, plan);
+            RowPump<Tokens> pump(buffers_of_warp(p.pipeline), rings.of[threadIdx.x / 32]);
+            pump.prefetch(tokens);
+            block_barrier();
+            if (plan.go) {
+                send(p, plan, pump, tokens, epoch);
+            } else {
+                pump.discard();
+            }
+            return;
+        }
+    }
+    if (threadIdx.x / 32 == kLastWarp) make_plan(p, epoch, plan);
+    block_barrier();
+    if (!plan.go) return;
+    if (sends) {
+        send_by_registers(p, plan, epoch);
+    } else if (kBulkCopies && is_flagger()) {
+        if (plan.any_staged) raise_flags(p.call, p.pipeline, rings);
+    } else {
+        if (p.grouped || p.marks_unused) mark_unused(p, plan);
+        if (kBulkCopies && moves_own_rows_apart(p, plan)) move_own_rows(p, plan);
+        if (p.call.entry.landing[kRows] < 0 && p.call.num_ranks > 1) drain(p, plan, epoch);
+    }
+}
+
 template <bool kBulkCopies>
 __global__ void __launch_bounds__(kThreadsPerBlock, 1) dispatch(const __grid_constant__ DispatchParams p) {
     if constexpr (kBulkCopies && !HPC_MOE_HAS_BULK_COPIES) return;  // never launched there
     __shared__ Plan plan;
+    __shared__ FlagRings rings;
+    if (threadIdx.x / 32 == kLastWarp && blockIdx.x == 0) {
+        fence_acq_rel_sys();  // for make_plan: it takes a while
+    } else {
+        fetch_parameters(p);
+    }
     if (p.call.behind_exchange && p.call.state->refused) {
         if (blockIdx.x == 0 && p.marks_unused) clear_call(p);
         return;
     }
     const uint64_t epoch = begin_epoch(p.call);
-    const bool sends = is_sender(p.pipeline);
-    WarpPipeline pipeline;
-    if constexpr (kBulkCopies) {
-        init_pipelines();
-        __syncthreads();
-        if (sends) {
-            pipeline = pipeline_of_warp(p.pipeline, threadIdx.x / 32);
-            prefetch(p, pipeline);
-        }
-    }
-    if (threadIdx.x < 32) {
-        begin_plan(p, plan);
-        const bool go = meet(p.call, epoch);
-        if (go) finish_plan(p, epoch, plan);
-        if (threadIdx.x == 0) plan.go = go;
-    }
+    move_rows<kBulkCopies>(p, plan, rings, epoch);
+    if (plan.go && threadIdx.x < 32 && breaks(p.call, Mutation::kArrivalBeforeAllWarps)) tell_arrivals(p, epoch);
     __syncthreads();
-    if (!plan.go) {
-        discard(pipeline);
-    } else if (sends) {
-        send<kBulkCopies>(p, plan, pipeline, epoch);
-    } else {
-        if (p.grouped || p.marks_unused) mark_unused(p, plan);
-        if (kBulkCopies && moves_own_rows_apart(p, plan)) move_own_rows(p, plan);
-        if (p.call.landing[kRows] < 0 && p.call.num_ranks > 1) drain(p, plan, epoch);
+    if (!plan.go && blockIdx.x == 0 && p.marks_unused) clear_call(p);
+    if (threadIdx.x < 32) {
+        if (plan.go) tell_arrivals(p, epoch);
+        if (threadIdx.x == 0 && is_last_block(p.call)) {
+            if (plan.go) count_passes(p.call, plan.num_passes);
+            end_epoch(p.call, epoch);
+        }
+    } else if (plan.go && blockIdx.x == 0) {
+        wait_for_arrivals(p, plan, epoch);
     }
-    if (plan.go && breaks(p.call, Mutation::kArrivalBeforeAllBlocks) && blockIdx.x == 0 && threadIdx.x < 32) {
-        tell_arrivals(p, epoch);
-    }
-    if (!is_last_block(p.call)) return;
-    if (!plan.go && p.marks_unused) clear_call(p);
-    if (plan.go && threadIdx.x < 32 && !load_relaxed_gpu(&p.call.state->gave_up)) {
-        tell_arrivals(p, epoch);
-        wait_for_arrivals(p, epoch);
-        if (threadIdx.x == 0) count_passes(p.call, plan.num_passes);
-    }
-    end_epoch(p.call, epoch);
 }
 
 }  // namespace

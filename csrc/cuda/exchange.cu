@@ -29,24 +29,24 @@ __device__ void send_expert_counts(const ExchangeParams& p, uint64_t epoch) {
 }
 
 // Warp 0: takes what the layout found wrong, enters, waits. False: a peer did not come.
-__device__ bool meet_with_counts(const ExchangeParams& p, uint64_t epoch) {
+__device__ bool meet_with_counts(const ExchangeParams& p, uint64_t epoch, Entry* entries) {
     const int lane = threadIdx.x % 32;
     const uint64_t bad_value = p.call.state->bad_value;
     __syncwarp();
     if (lane == 0) p.call.state->bad_value = kNoBadValue;
     const EntryStatus status = bad_value == kNoBadValue ? EntryStatus::kFine : EntryStatus::kBadValue;
-    enter(p.call, epoch, status, p.per_rank, bad_value, nullptr);
-    if (breaks(p.call, Mutation::kCountsWithoutEntries)) return true;
-    return wait_for_entries(p.call, epoch);
+    fence_acq_rel_sys();  // releases, together with the entry, what the block wrote
+    enter(p.call, epoch, status, p.per_rank, bad_value);
+    return wait_for_entries(p.call, epoch, entries, breaks(p.call, Mutation::kCountsWithoutEntries));
 }
 
 // Warp 0: rows per (source, rank), added up over the sources.
-__device__ void write_prefix_matrix(const ExchangeParams& p, uint64_t epoch) {
+__device__ void write_prefix_matrix(const ExchangeParams& p, const Entry* entries) {
     const int lane = threadIdx.x % 32, ranks = p.call.num_ranks;
     if (lane < ranks) {
         int sum = 0;
         for (int source = 0; source < ranks; ++source) {
-            sum += entry_of(p.call, epoch, source).counts[lane];
+            sum += entries[source].counts[lane];
             p.rank_prefix_matrix[source * ranks + lane] = sum;
             if (lane == p.call.rank) p.recv_rank_prefix_sum[source] = sum;
         }
@@ -116,6 +116,7 @@ __device__ void publish_result(const ExchangeParams& p, int rows, int num_recv_t
 
 __global__ void __launch_bounds__(kThreads, 1) exchange(const __grid_constant__ ExchangeParams p) {
     extern __shared__ int32_t sizes[];  // [L]
+    __shared__ Entry entries[kMaxRanks];
     __shared__ Objection objection;
     __shared__ bool all_here;
     __shared__ int grouped_rows;
@@ -124,11 +125,11 @@ __global__ void __launch_bounds__(kThreads, 1) exchange(const __grid_constant__ 
     send_expert_counts(p, epoch);
     __syncthreads();
     if (threadIdx.x < 32) {
-        const bool here = meet_with_counts(p, epoch);
-        const Objection found = here ? find_objection(p.call, epoch, true) : Objection{0, 0};
+        const bool here = meet_with_counts(p, epoch, entries);
+        const Objection found = here ? find_objection(p.call, entries, true) : Objection{0, 0};
         const bool ends = found.kind != 0 && (p.values_matter || found.kind != static_cast<int>(ErrorKind::kBadValue));
-        if (found.kind != 0) report_objection(p.call, epoch, found);
-        if (here && !ends) write_prefix_matrix(p, epoch);
+        if (found.kind != 0) report_objection(p.call, epoch, entries, found);
+        if (here && !ends) write_prefix_matrix(p, entries);
         if (threadIdx.x == 0) {
             all_here = here;
             objection = ends ? found : Objection{0, 0};
@@ -158,11 +159,11 @@ __global__ void __launch_bounds__(kThreads, 1) exchange(const __grid_constant__ 
             const int tokens = p.recv_rank_prefix_sum[p.call.num_ranks - 1];
             const int rows = p.grouped ? grouped_rows : tokens;
             // The peers hear of it when this rank enters the dispatch.
-            p.call.state->rows_needed = p.call.capacity >= 0 && rows > p.call.capacity ? rows : 0;
+            p.call.state->rows_needed = p.call.entry.capacity >= 0 && rows > p.call.entry.capacity ? rows : 0;
             publish_result(p, rows, tokens);
         }
+        end_epoch(p.call, epoch);
     }
-    end_epoch(p.call, epoch);
 }
 
 struct Text {
@@ -171,11 +172,20 @@ struct Text {
 
 __global__ void __launch_bounds__(32) reject(const __grid_constant__ Call call, const __grid_constant__ Text text) {
     if (call.behind_exchange && call.state->refused) return;  // nobody goes on
+    __shared__ Entry entries[kMaxRanks];
     const uint64_t epoch = begin_epoch(call);
-    enter(call, epoch, EntryStatus::kRejected, nullptr, kNoBadValue, text.characters);
-    wait_for_entries(call, epoch);                              // or a second rejection could overwrite this one
-    if (threadIdx.x == 0) call.state->bad_value = kNoBadValue;  // of a layout that led to nothing
-    end_epoch(call, epoch);
+    for (int r = 0; r < call.num_ranks; ++r) {
+        PostedEntry& posted = control_of(call, r)->entries[epoch & 1][call.rank];
+        for (int i = threadIdx.x; i < kTextBytes; i += 32) posted.text[i] = text.characters[i];
+    }
+    __syncwarp();
+    fence_acq_rel_sys();
+    enter(call, epoch, EntryStatus::kRejected, nullptr, kNoBadValue);
+    wait_for_entries(call, epoch, entries);  // or a second rejection could overwrite this one
+    if (threadIdx.x == 0) {
+        call.state->bad_value = kNoBadValue;  // of a layout that led to nothing
+        end_epoch(call, epoch);
+    }
 }
 
 }  // namespace

@@ -10,8 +10,8 @@ namespace hpc_moe::cuda {
 template <typename Params>
 void launch_mover(void (*with_bulk_copies)(Params), void (*without)(Params), const Params& params, const Launch& launch,
                   const char* what) {
-    auto* kernel = launch.bulk_copies ? with_bulk_copies : without;
     const int num_shared_bytes = launch.bulk_copies ? shared_bytes(params.pipeline) : 0;
+    auto* kernel = launch.bulk_copies ? with_bulk_copies : without;
     kernel<<<launch.num_blocks, kThreadsPerBlock, num_shared_bytes, launch.stream>>>(params);
     check(cudaGetLastError(), what);
 }

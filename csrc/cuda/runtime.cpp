@@ -56,12 +56,21 @@ int64_t lay_out_slot(int row_bytes, int num_scales, int top_k, bool has_index, b
         end = round_up(end + bytes, 8);
         return static_cast<int32_t>(begin);
     };
+    slot.scales = add(num_scales > 0, 4 * static_cast<int64_t>(num_scales));  // first: at a multiple of 16
     slot.topk_index = add(has_index, 8 * static_cast<int64_t>(top_k));
     slot.topk_weights = add(has_weights, 4 * static_cast<int64_t>(top_k));
     slot.positions = add(has_positions, 4 * static_cast<int64_t>(top_k));
-    slot.scales = add(num_scales > 0, 4 * static_cast<int64_t>(num_scales));
     slot.source_index = add(has_source, 4);
     return round_up(end, 128);
+}
+
+// Bytes of a token's scales if bulk copies can take them along, else 0.
+int bulk_scale_bytes(const DispatchParams& p) {
+    const int bytes = 4 * p.num_scales;
+    const bool contiguous = p.scale_channel_stride == 1 || p.num_scales == 1;
+    const bool aligned = bytes % 16 == 0 && reinterpret_cast<uintptr_t>(p.scales) % 16 == 0 &&
+                         (p.num_tokens < 2 || p.scale_token_stride % 4 == 0);
+    return contiguous && aligned ? bytes : 0;
 }
 
 }  // namespace
@@ -258,24 +267,25 @@ Call CudaRuntime::make_call(Operation operation, const std::vector<int64_t>& agr
     if (!available_) throw std::runtime_error("the runtime is not available");
     if (agreed.size() > kMaxFields) throw std::runtime_error("too many values to agree on");
     Call call{};
-    call.operation = operation;
     call.rank = rank_;
     call.num_ranks = num_ranks_;
     call.timeout = static_cast<uint64_t>(std::min(timeout_, 1e9) * 1e9);
     std::copy(windows_.begin(), windows_.end(), call.windows);
     call.state = state_;
     call.host = host_on_device_;
-    std::copy(agreed.begin(), agreed.end(), call.fields);
-    call.num_tokens = num_tokens;
-    call.capacity = capacity;
-    std::fill(call.landing, call.landing + kNumArrays, -1);
+    call.entry.operation = operation;
+    std::transform(agreed.begin(), agreed.end(), call.entry.fields, [](int64_t v) { return static_cast<int32_t>(v); });
+    call.entry.num_tokens = static_cast<int32_t>(num_tokens);
+    call.entry.capacity = static_cast<int32_t>(capacity);
+    std::fill(call.entry.landing, call.entry.landing + kNumArrays, -1);
+    call.entry.num_blocks = 1;
     call.stress_seed = stress_seed_;
     call.mutation = mutation_;
     return call;
 }
 
 int CudaRuntime::limit_blocks(int num_blocks) const {
-    return std::max(1, std::min(num_blocks, shares_gpu_ ? kBlocksOnSharedGpu : num_sms_));
+    return std::max(1, std::min({num_blocks, kMaxBlocks, shares_gpu_ ? kBlocksOnSharedGpu : num_sms_}));
 }
 
 void CudaRuntime::launch_layout(LayoutParams params, cudaStream_t stream) {
@@ -328,15 +338,19 @@ void CudaRuntime::launch_dispatch(DispatchParams params, const std::vector<int64
     params.call = make_call(Operation::kDispatch, agreed, params.num_tokens, params.num_rows);
     params.call.behind_exchange = behind_exchange;
     for (size_t a = 0; a < landing.size() && a < kNumArrays; ++a) {
-        if (landing[a])
-            params.call.landing[a] = static_cast<int64_t>(landing[a] - reinterpret_cast<uintptr_t>(window_->address()));
+        if (!landing[a]) continue;
+        const uintptr_t offset = landing[a] - reinterpret_cast<uintptr_t>(window_->address());
+        if (offset % kLandingUnit != 0) throw std::runtime_error("results in the pool are not aligned");
+        params.call.entry.landing[a] = static_cast<int32_t>(offset / kLandingUnit);
     }
     params.stage = make_stage(lay_out_slot(params.row_bytes, params.num_scales, params.top_k, params.has_topk_index,
                                            params.has_topk_weights, params.grouped && !params.cached, !params.cached,
                                            params.slot));
-    const bool drains = params.call.landing[kRows] < 0 || params.grouped;
+    const bool drains = params.call.entry.landing[kRows] < 0 || params.grouped;
     const int blocks = limit_blocks(drains ? num_blocks : std::min(num_blocks, kDispatchMaxBlocks));
-    params.pipeline = shape_pipeline(params.row_bytes, blocks, kDispatchBytesInFlight, bulk_copies_);
+    params.call.entry.num_blocks = blocks;
+    params.pipeline =
+        shape_pipeline(params.row_bytes, bulk_scale_bytes(params), blocks, kDispatchBytesInFlight, bulk_copies_);
     cuda::launch_dispatch(params, {blocks, bulk_copies_, stream});
 }
 
@@ -349,8 +363,9 @@ void CudaRuntime::launch_combine(CombineParams params, const std::vector<int64_t
                                            false, params.has_weights, false, false, slot));
     params.slot_weights = slot.topk_weights;
     const int blocks = limit_blocks(num_blocks);
+    params.call.entry.num_blocks = blocks;
     const bool bulk_copies = bulk_copies_ && !params.grouped;  // a grouped one adds before it sends
-    params.pipeline = shape_pipeline(params.row_bytes, blocks, kCombineBytesInFlight, bulk_copies);
+    params.pipeline = shape_pipeline(params.row_bytes, 0, blocks, kCombineBytesInFlight, bulk_copies);
     cuda::launch_combine(params, {blocks, bulk_copies, stream});
 }
 

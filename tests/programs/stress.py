@@ -14,7 +14,7 @@ What a breaking needs, to be noticed:
   all to one rank, make it likely. Ranks that share a GPU will hardly show it.
 - kCountsWithoutEntries, kSendWithoutEntries: that a rank enters late. Besides the sleeps in the kernels, every rank
   delays some of its calls on its own stream.
-- kEndWithoutArrivals, kArrivalBeforeAllBlocks: results in the pool, and a check right behind the call.
+- kEndWithoutArrivals, kArrivalBeforeAllWarps: results in the pool, and a check right behind the call.
 - kPassWithoutDrain: several passes.
 """
 
@@ -45,7 +45,7 @@ class Mutation(NamedTuple):
 MUTATIONS = [
     Mutation(
         "kFlagBeforeStoresAreDone",
-        "a row's flag follows the reading of shared memory, not the arrival of the row",
+        "a row's flag follows the start of its bulk copy, not the arrival of the row",
         "the receiver drains or sums a row of which a part is still on the link: 0xfd, or an earlier call's values",
     ),
     Mutation(
@@ -69,8 +69,8 @@ MUTATIONS = [
         "the stale entry of a late peer says where rows go and how many passes there are: wrong rows, or endless waits",
     ),
     Mutation(
-        "kArrivalBeforeAllBlocks",
-        "one block says that all rows have been sent, while the others still send",
+        "kArrivalBeforeAllWarps",
+        "a block says that its rows have been sent while some of its warps still send",
         "as kEndWithoutArrivals: the receiver's dispatch ends too early",
     ),
     Mutation(

@@ -25,6 +25,12 @@ __device__ inline void store_release_sys(uint64_t* word, uint64_t value) {
 }
 
 // No order.
+__device__ inline uint64_t load_relaxed_sys(const uint64_t* word) {
+    uint64_t value;
+    asm volatile("ld.relaxed.sys.global.b64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+    return value;
+}
+
 __device__ inline void store_relaxed_sys(uint64_t* word, uint64_t value) {
     asm volatile("st.relaxed.sys.global.b64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
 }
@@ -48,6 +54,25 @@ __device__ inline uint64_t add_acq_rel_gpu(uint64_t* word, uint64_t value) {
     asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], %2;" : "=l"(old) : "l"(word), "l"(value) : "memory");
     return old;
 }
+
+// The same between the warps of a block, for words in shared memory.
+__device__ inline uint32_t load_acquire_cta(const uint32_t* shared) {
+    uint32_t value;
+    asm volatile("ld.acquire.cta.shared.b32 %0, [%1];"
+                 : "=r"(value)
+                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared)))
+                 : "memory");
+    return value;
+}
+
+__device__ inline void store_release_cta(uint32_t* shared, uint32_t value) {
+    asm volatile("st.release.cta.shared.b32 [%0], %1;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+                 "r"(value)
+                 : "memory");
+}
+
+// A barrier of all warps of the block, which may come to it in different places (to __syncthreads they may not).
+__device__ inline void block_barrier() { asm volatile("barrier.sync 0;" ::: "memory"); }
 
 __device__ inline void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
@@ -152,17 +177,21 @@ __device__ inline void commit_stores() {
 #endif
 }
 
-// The shared memory of this thread's stores may be used again; they may not have arrived yet.
+// The shared memory of this thread's stores may be used again, but for its last `kBut` groups; they may not have
+// arrived.
+template <int kBut>
 __device__ inline void wait_until_stores_are_read() {
 #if HPC_MOE_HAS_BULK_COPIES
-    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kBut) : "memory");
 #endif
 }
 
-// This thread's stores have arrived, as if it had written them itself: a release may follow.
+// This thread's stores, but for its last `kBut` groups, have arrived, as if it had written them itself: a release may
+// follow.
+template <int kBut>
 __device__ inline void wait_until_stores_are_done() {
 #if HPC_MOE_HAS_BULK_COPIES
-    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kBut) : "memory");
 #endif
 }
 

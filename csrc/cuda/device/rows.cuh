@@ -1,4 +1,5 @@
-// Moving rows: a warp's double buffer in shared memory for bulk copies, and copies through registers.
+// Moving rows: by bulk copies through a warp's buffers in shared memory, with flags for who waits for them; and by
+// registers.
 #pragma once
 
 #include "cuda/call.h"
@@ -15,6 +16,14 @@ struct Role {
 
 __device__ inline bool is_sender(const PipelineShape& shape) { return threadIdx.x / 32 < shape.num_send_warps; }
 
+// The warp that raises the flags of rows that were sent by bulk copies.
+__device__ inline bool is_flagger() { return threadIdx.x / 32 == kLastWarp; }
+
+__device__ inline bool is_drainer(const PipelineShape& shape) {
+    const int warp = static_cast<int>(threadIdx.x / 32) - shape.num_send_warps;
+    return warp >= 0 && warp < shape.num_drain_warps;
+}
+
 // Neighbours in the order are on different SMs.
 __device__ inline Role sender_role(const PipelineShape& shape) {
     return {static_cast<int>(blockIdx.x + gridDim.x * (threadIdx.x / 32)),
@@ -23,93 +32,241 @@ __device__ inline Role sender_role(const PipelineShape& shape) {
 
 __device__ inline Role drainer_role(const PipelineShape& shape) {
     return {static_cast<int>(blockIdx.x + gridDim.x * (threadIdx.x / 32 - shape.num_send_warps)),
-            static_cast<int>(gridDim.x * (kWarpsPerBlock - shape.num_send_warps))};
+            static_cast<int>(gridDim.x * shape.num_drain_warps)};
 }
 
-// Two buffers of a warp, filled by bulk copies and emptied in turn. For each piece: fill, then (with the next one
-// already on its way) wait_filled, use `filled`, `emptied`.
-struct WarpPipeline {
-    uint8_t* buffers;    // two of buffer_bytes, in shared memory
-    uint64_t* barriers;  // two load barriers
+// --- flags ---------------------------------------------------------------------------------------------------------
+
+// Flags that a sending warp owes, for the flagging warp to raise: a fence takes more than a microsecond, in which a
+// sending warp would hold up its rows, and one fence serves all that have arrived.
+struct FlagRing {
+    static constexpr uint32_t kSlots = 64;
+    static constexpr uint32_t kFinished = 1u << 31;  // in num_ready: no more will come
+    uint64_t* flags[kSlots];                         // in peers' windows
+    uint64_t tags[kSlots];
+    uint32_t num_ready;   // flags whose rows have arrived, written with release by lane 0 of the sending warp
+    uint32_t num_raised;  // written with release by the flagging warp: the slots before it are free
+};
+
+struct FlagRings {
+    FlagRing of[kMaxSendWarps];
+};
+
+// The flagging warp, until all sending warps have finished; lane w sees to warp w. It only waits for its own block.
+__device__ inline void raise_flags(const Call& call, const PipelineShape& shape, FlagRings& rings) {
+    const int lane = threadIdx.x % 32;
+    const bool has_ring = lane < shape.num_send_warps;
+    uint32_t raised = 0;
+    for (bool finished = false; !finished;) {
+        const uint32_t state = has_ring ? load_acquire_cta(&rings.of[lane].num_ready) : FlagRing::kFinished;
+        const uint32_t ready = state & ~FlagRing::kFinished;
+        finished = __all_sync(~0u, (state & FlagRing::kFinished) != 0);
+        if (!__any_sync(~0u, has_ring && ready != raised)) continue;
+        fence_acq_rel_sys();  // with the stores that follow: a release of the rows
+        if (has_ring && ready != raised) {
+            FlagRing& ring = rings.of[lane];
+            for (; raised != ready; ++raised) {
+                store_relaxed_sys(ring.flags[raised % FlagRing::kSlots], ring.tags[raised % FlagRing::kSlots]);
+            }
+            store_release_cta(&ring.num_raised, raised);
+        }
+        __syncwarp();
+        stress_sleep(call);
+    }
+}
+
+// The flags of a sending warp. The same in all lanes.
+class OwedFlags {
+   public:
+    static constexpr int kLag = 4;
+    static_assert((kLag + 2) * kMaxRanks <= FlagRing::kSlots);  // or a warp could wait for what it has not handed over
+
+    // Before a barrier, after which the flagging warp looks at the ring.
+    __device__ explicit OwedFlags(FlagRing& ring) : ring_(ring) {
+        if (threadIdx.x % 32 == 0) ring.num_ready = ring.num_raised = 0;
+        __syncwarp();
+    }
+
+    // All lanes, with the row's last bulk copy: each lane that `owes` adds a flag, at most kMaxRanks of them.
+    __device__ void add(bool owes, uint64_t* flag, uint64_t tag) {
+        const uint32_t owing = __ballot_sync(~0u, owes);
+        if (threadIdx.x % 32 == 0) {
+            while (num_added_ + kMaxRanks - load_acquire_cta(&ring_.num_raised) > FlagRing::kSlots) {
+            }
+        }
+        __syncwarp();
+        if (owes) {
+            const uint32_t at = num_added_ + __popc(owing & ((1u << threadIdx.x % 32) - 1));
+            ring_.flags[at % FlagRing::kSlots] = flag;
+            ring_.tags[at % FlagRing::kSlots] = tag;
+        }
+        num_added_ += __popc(owing);
+    }
+
+    // All lanes, after each group of bulk copies: hands over the flags of rows before the last kLag groups. To wait for
+    // later ones would hold up the warp.
+    __device__ void hand_over(const Call& call) {
+        const uint32_t arrived = breaks(call, Mutation::kFlagBeforeStoresAreDone) ? num_added_ : added_[0];
+#pragma unroll
+        for (int i = 0; i + 1 < kLag; ++i) added_[i] = added_[i + 1];
+        added_[kLag - 1] = num_added_;
+        __syncwarp();  // what other lanes wrote is released along with it
+        if (threadIdx.x % 32 == 0 && arrived != handed_over_) {
+            if (!breaks(call, Mutation::kFlagBeforeStoresAreDone)) wait_until_stores_are_done<kLag>();
+            store_release_cta(&ring_.num_ready, arrived);
+        }
+        handed_over_ = arrived;
+    }
+
+    // All lanes, at the end of a pass: all that this warp has sent has arrived.
+    __device__ void hand_over_all() {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) {
+            wait_until_stores_are_done<0>();
+            store_release_cta(&ring_.num_ready, num_added_);
+        }
+        handed_over_ = num_added_;
+#pragma unroll
+        for (uint32_t& added : added_) added = num_added_;
+    }
+
+    __device__ void finish() {
+        if (threadIdx.x % 32 == 0) store_release_cta(&ring_.num_ready, handed_over_ | FlagRing::kFinished);
+    }
+
+   private:
+    FlagRing& ring_;
+    uint32_t num_added_ = 0, handed_over_ = 0;
+    uint32_t added_[kLag] = {};  // num_added_ after each of the last groups, the earliest first
+};
+
+// All lanes, where rows pass through registers: releases the warp's row.
+__device__ inline void raise_flag(const Call& call, bool owes, uint64_t* flag, uint64_t tag) {
+    __syncwarp();
+    if (owes) {
+        fence_acq_rel_sys();
+        store_relaxed_sys(flag, tag);
+    }
+    stress_sleep(call);
+}
+
+// --- bulk copies ---------------------------------------------------------------------------------------------------
+
+// A sending warp's buffers in shared memory, filled by bulk copies and emptied in turn. Its loads are two pieces ahead
+// of its stores.
+struct RowBuffers {
+    static constexpr uint32_t kCount = kBuffersPerWarp;
+    static constexpr uint32_t kAhead = 2;
+    uint8_t* buffers;
+    uint64_t* barriers;  // a load barrier each
     uint32_t buffer_bytes;
     uint32_t num_filled = 0, num_emptied = 0;
 
-    // The buffer that is filled next, which must not be in use any more, and its barrier.
-    __device__ uint8_t* next() const { return buffers + (num_filled & 1u) * buffer_bytes; }
-    __device__ uint64_t* next_barrier() const { return barriers + (num_filled & 1u); }
-    // Lane 0.
-    __device__ void fill(const void* from, uint32_t bytes) const {
-        expect_bytes(next_barrier(), bytes);
-        bulk_load(next(), from, bytes, next_barrier());
+    // Lane 0: loads a piece, and `scale_bytes` behind it, into the next buffer, when its last copies have read it:
+    // those after them are the last group.
+    __device__ void fill(const void* from, uint32_t bytes, const void* scales, uint32_t scale_bytes,
+                         uint32_t at) const {
+        wait_until_stores_are_read<kCount - kAhead - 1>();
+        uint64_t* const barrier = barriers + num_filled % kCount;
+        uint8_t* const buffer = buffers + num_filled % kCount * buffer_bytes;
+        expect_bytes(barrier, bytes + scale_bytes);
+        bulk_load(buffer, from, bytes, barrier);
+        if (scale_bytes > 0) bulk_load(buffer + at, scales, scale_bytes, barrier);
     }
-    __device__ void wait_filled() const { wait_for_load(barriers + (num_emptied & 1u), num_emptied >> 1 & 1u); }
-    __device__ const uint8_t* filled() const { return buffers + (num_emptied & 1u) * buffer_bytes; }
+    // The buffer that was filled the longest ago, and a wait until that has ended.
+    __device__ const uint8_t* filled() const { return buffers + num_emptied % kCount * buffer_bytes; }
+    __device__ void wait_filled() const { wait_for_load(barriers + num_emptied % kCount, num_emptied / kCount & 1u); }
 };
 
-// The pipeline of a sending warp, in the block's dynamic shared memory.
-__device__ inline WarpPipeline pipeline_of_warp(const PipelineShape& shape, int warp) {
+// All lanes of a sending warp, once.
+__device__ inline RowBuffers buffers_of_warp(const PipelineShape& shape) {
     extern __shared__ __align__(128) uint8_t shared_memory[];
-    WarpPipeline pipeline;
-    pipeline.buffers = shared_memory + kBarrierBytes + 2 * warp * shape.piece_bytes;
-    pipeline.barriers = reinterpret_cast<uint64_t*>(shared_memory) + 2 * warp;
-    pipeline.buffer_bytes = shape.piece_bytes;
-    return pipeline;
-}
-
-// All threads of the block, before a barrier.
-__device__ inline void init_pipelines() {
-    extern __shared__ __align__(128) uint8_t shared_memory[];
-    if (threadIdx.x < 2 * kMaxSendWarps) {
-        init_load_barrier(reinterpret_cast<uint64_t*>(shared_memory) + threadIdx.x);
+    const int warp = threadIdx.x / 32;
+    RowBuffers buffers;
+    buffers.buffers = shared_memory + kBarrierBytes + RowBuffers::kCount * warp * shape.buffer_bytes;
+    buffers.barriers = reinterpret_cast<uint64_t*>(shared_memory) + RowBuffers::kCount * warp;
+    buffers.buffer_bytes = shape.buffer_bytes;
+    if (threadIdx.x % 32 == 0) {  // which is the only one to wait for them
+        for (uint32_t i = 0; i < RowBuffers::kCount; ++i) init_load_barrier(buffers.barriers + i);
         publish_load_barriers();
     }
+    __syncwarp();
+    return buffers;
 }
 
-// Flags of rows that a warp has sent, each the lane's that owes it. A fence costs more than a microsecond, so one
-// serves several rows.
-struct DueFlags {
-    static constexpr int kMaxRows = 4;
-    uint64_t* flag = nullptr;  // in a peer's window
-    int num_rows = 0;
+// Moves the pieces that a `Source` names, by bulk copies. All lanes call these. A Source has
+//     Piece                          what to remember of a piece between loading and storing it
+//     bool next(Piece&)              the next piece of the pass; false: there is none
+//     void load(const Piece&, const RowBuffers&)            lane 0: fills a buffer
+//     void store(const Piece&, const uint8_t*, OwedFlags&)  all lanes: starts copies out of it, which lane 0 issues
+template <typename Source>
+class RowPump {
+   public:
+    __device__ RowPump(RowBuffers buffers, FlagRing& ring) : buffers_(buffers), flags_(ring) {}
 
-    // All lanes, when lane 0's bulk copies of these rows are done: fence (acq_rel.sys), then the flags, which together
-    // release the rows, and what any lane wrote along with them.
-    __device__ void raise(const Call& call, uint64_t tag) {
-        __syncwarp();
-        if (num_rows == 0) return;
-        fence_acq_rel_sys();
-        if (flag != nullptr) store_relaxed_sys(flag, tag);
-        flag = nullptr;
-        num_rows = 0;
-        stress_sleep(call);
+    // Starts loading the first pieces: that takes a while, and nothing need be known of the peers.
+    __device__ void prefetch(Source& source) {
+        while (num_loaded() < RowBuffers::kAhead && load_next(source)) {
+        }
     }
+
+    // Moves the pieces of a pass, those that were prefetched first; returns when they have arrived.
+    __device__ void move(const Call& call, Source& source) {
+        bool more = true;
+        for (;;) {
+            if (more) more = load_next(source);
+            if (num_loaded() == 0) break;
+            if (!more || num_loaded() > RowBuffers::kAhead) store_first(call, source);
+        }
+        flags_.hand_over_all();
+    }
+
+    // Nobody wants what was prefetched.
+    __device__ void discard() {
+        for (; num_loaded() > 0; buffers_.num_emptied += 1) {
+            if (threadIdx.x % 32 == 0) buffers_.wait_filled();
+        }
+        __syncwarp();
+    }
+
+    // Nothing will be moved any more.
+    __device__ void finish() { flags_.finish(); }
+
+   private:
+    __device__ uint32_t num_loaded() const { return buffers_.num_filled - buffers_.num_emptied; }
+
+    __device__ bool load_next(Source& source) {
+        typename Source::Piece piece;
+        if (!source.next(piece)) return false;
+        if (threadIdx.x % 32 == 0) source.load(piece, buffers_);
+        if (num_loaded() == 0) {
+            first_ = piece;
+        } else if (num_loaded() == 1) {
+            second_ = piece;
+        } else {
+            third_ = piece;
+        }
+        buffers_.num_filled += 1;
+        return true;
+    }
+
+    __device__ void store_first(const Call& call, Source& source) {
+        if (threadIdx.x % 32 == 0) buffers_.wait_filled();
+        __syncwarp();
+        source.store(first_, buffers_.filled(), flags_);
+        if (threadIdx.x % 32 == 0) commit_stores();
+        buffers_.num_emptied += 1;
+        first_ = second_;
+        second_ = third_;
+        flags_.hand_over(call);
+    }
+
+    RowBuffers buffers_;
+    OwedFlags flags_;
+    typename Source::Piece first_, second_, third_;  // under way
 };
 
-// Lane 0: its bulk copies have arrived.
-__device__ inline void wait_for_arrival(const Call& call) {
-    if (threadIdx.x % 32 != 0) return;
-    if (breaks(call, Mutation::kFlagBeforeStoresAreDone)) {
-        wait_until_stores_are_read();
-    } else {
-        wait_until_stores_are_done();
-    }
-}
-
-// Frees the buffer that the next piece goes to, and raises flags when enough are due.
-__device__ inline void finish_stores(const Call& call, DueFlags& due, uint64_t tag) {
-    if (due.num_rows < DueFlags::kMaxRows) {
-        if (threadIdx.x % 32 == 0) wait_until_stores_are_read();
-        return;
-    }
-    wait_for_arrival(call);
-    due.raise(call, tag);
-}
-
-// At the end of a pass: all rows have arrived, and all flags are raised.
-__device__ inline void finish_all_stores(const Call& call, DueFlags& due, uint64_t tag) {
-    wait_for_arrival(call);
-    due.raise(call, tag);
-}
+// --- copies through registers --------------------------------------------------------------------------------------
 
 // A warp copies [begin, end) of a row, in bytes, multiples of 16, to each non-null target. Many loads before the first
 // store: the time of one is long.

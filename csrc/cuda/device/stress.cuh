@@ -10,12 +10,12 @@ namespace hpc_moe::cuda {
 // Rules that a stress build can break: the test that lists them expects each to be noticed.
 enum class Mutation : int32_t {
     kNone,
-    kFlagBeforeStoresAreDone,  // row flags and arrivals follow the reading of shared memory, not the arrival of rows
+    kFlagBeforeStoresAreDone,  // row flags follow the start of bulk copies, not their arrival
     kRowsWithoutFlag,          // drains do not wait for row flags
     kEndWithoutArrivals,       // a dispatch ends before everything has landed
     kPassWithoutDrain,         // a pass starts before the one before it was drained
     kSendWithoutEntries,       // rows are sent before the peers have entered the call
-    kArrivalBeforeAllBlocks,   // one block says that all rows have been sent
+    kArrivalBeforeAllWarps,    // one warp of a block says that all of it have sent their rows
     kCountsWithoutEntries,     // the exchange reads counts before they are there
     kFlagBeforeRow,            // the row flag is written before the row
 };

@@ -79,6 +79,9 @@ class CudaBackend(Backend):
             self._refuse_what_is_missing(low_latency_mode)
             self.device = torch.device("cuda", choose_device(device, topology))
             torch.cuda.init()
+            self.memory = torch.cuda.get_device_properties(self.device).total_memory
+            if num_rdma_bytes > self.memory:
+                raise ArgumentError(f"num_rdma_bytes={num_rdma_bytes} is more than the GPU has: {self.memory} bytes")
             if device is None or torch.device(device).index is None:
                 make_current(self.device.index)  # so that the caller's "cuda" is this one, too
         try:
@@ -100,7 +103,6 @@ class CudaBackend(Backend):
             self.runtime.window, self.runtime.pool_offset, self.runtime.pool_bytes, self.device
         )
         self.comm_stream = torch.cuda.Stream(self.device, priority=-1)
-        self.memory = torch.cuda.get_device_properties(self.device).total_memory
         self.epoch = 0
         self.counters = {name: Counter() for name in OPERATIONS[:2]}
         self._agreed_names: dict[str, list[str]] = {}

@@ -1,0 +1,307 @@
+// The summing half of combine.cu, and what it shares with the sending half.
+//
+// A summing warp takes one token after the other (a quarter of one, where there are few). When it has acquired the
+// flags of all the token's rows, it adds them in the order of ranks, then the biases, in float32, and writes the
+// result.
+//
+// Registers do this, not bulk copies: what counts is how many bytes a block has under way, and 12 warps of loads have
+// more than what shared memory could hold beside the rows that are sent. L1 holds what is being loaded, so a block must
+// leave it room: see kCombineBytesInFlight.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include "cuda/combine.h"
+#include "cuda/device/protocol.cuh"
+#include "cuda/device/rows.cuh"
+
+namespace hpc_moe::cuda {
+namespace {
+
+constexpr int kSumParts = 4;      // warps that share a token, where there are few tokens
+constexpr int kChunkBytes = 512;  // of a row, 16 bytes a lane
+// Of 5 to 8 rows at a time: as many as there are registers for (ptxas for sm_80 spills with 2).
+constexpr int kManyRowsChunks = HPC_MOE_HAS_BULK_COPIES ? 2 : 1;
+
+// What a block knows once all ranks have entered.
+struct Plan {
+    Entry entries[kMaxRanks];
+    int32_t num_tokens[kMaxRanks];  // of every rank
+    int32_t first_own;              // where this rank's own rows begin in x
+    int32_t num_passes;
+    bool go;
+};
+
+__device__ uint8_t* slot_at(const CombineParams& p, int rank, int source, int slot) {
+    return p.call.windows[rank] + p.stage.offset + source * p.stage.region_bytes + slot * p.stage.slot_bytes;
+}
+
+__device__ void add_bf16(float (&sum)[8], const uint4& row) {
+    const uint32_t words[4] = {row.x, row.y, row.z, row.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        sum[2 * i] += __uint_as_float(words[i] << 16);
+        sum[2 * i + 1] += __uint_as_float(words[i] & 0xffff0000u);
+    }
+}
+
+// The float32 sum of a received token's copies, 8 channels from `channel_bytes` (of bf16) on.
+__device__ void sum_copies(const CombineParams& p, int64_t received, int channel_bytes, float (&sum)[8]) {
+#pragma unroll
+    for (float& value : sum) value = 0.0f;
+    for (int k = 0; k < p.top_k; ++k) {
+        const int64_t row = p.grouped_rows[received * p.top_k + k];
+        if (row >= 0) add_bf16(sum, load_16(p.x + row * p.x_stride + channel_bytes));
+    }
+}
+
+// --- tokens -------------------------------------------------------------------------------------------------------
+
+// The rows of one of this rank's tokens, and the bytes of them that this warp adds. The same in all lanes.
+struct Contributions {
+    int token, slot;
+    uint32_t ranks;  // a bit for each rank that sends a row
+    int received;    // this rank's own row, -1: none
+    int begin, end;  // bytes of a bf16 row
+};
+
+// A summing warp's tokens of a pass, or parts of tokens, one after the other.
+class SummedTokens {
+   public:
+    __device__ SummedTokens(const CombineParams& p, const Plan& plan, int pass)
+        : p_(p), plan_(plan), role_(drainer_role(p.pipeline)) {
+        // Alone, a rank has no stage, and takes all tokens at once.
+        const int per_pass = p.call.num_ranks > 1 ? p.stage.num_slots : p.num_tokens;
+        first_ = pass * per_pass;
+        const int tokens = max(0, min(p.num_tokens - first_, per_pass));
+        num_parts_ = tokens * kSumParts <= role_.count ? kSumParts : 1;
+        num_units_ = tokens * num_parts_;
+        unit_ = role_.index;
+        position_ = load_position(unit_);
+        next_position_ = load_position(unit_ + role_.count);
+    }
+
+    __device__ bool is_at_end() const { return unit_ >= num_units_; }
+    // Of all summing warps.
+    __device__ int num_units() const { return num_units_; }
+
+    __device__ Contributions get() const {
+        Contributions found;
+        found.slot = unit_ / num_parts_;
+        found.token = first_ + found.slot;
+        found.ranks = __ballot_sync(~0u, position_ >= 0);
+        found.received = __shfl_sync(~0u, position_, p_.call.rank);
+        if (found.received >= 0) found.received += plan_.first_own;
+        const int part_bytes = (p_.row_bytes / num_parts_ + 127) / 128 * 128;
+        found.begin = min(unit_ % num_parts_ * part_bytes, p_.row_bytes);
+        found.end = min(found.begin + part_bytes, p_.row_bytes);
+        return found;
+    }
+
+    __device__ void go_on() {
+        unit_ += role_.count;
+        position_ = next_position_;
+        next_position_ = load_position(unit_ + role_.count);  // not needed until the token after this one
+    }
+
+   private:
+    // Lane r: the token's index among those for rank r, -1 if it did not go there.
+    __device__ int load_position(int unit) const {
+        const int lane = threadIdx.x % 32;
+        if (lane >= p_.call.num_ranks || unit >= num_units_) return -1;
+        return p_.send_position[static_cast<int64_t>(first_ + unit / num_parts_) * p_.call.num_ranks + lane];
+    }
+
+    const CombineParams& p_;
+    const Plan& plan_;
+    const Role role_;
+    int first_, num_parts_, num_units_, unit_;
+    int position_, next_position_;
+};
+
+// Where the row from `rank` lies.
+__device__ const uint8_t* row_from(const CombineParams& p, const Contributions& from, int rank) {
+    return rank == p.call.rank ? p.x + from.received * p.x_stride : slot_at(p, p.call.rank, rank, from.slot);
+}
+
+// All lanes: the token's rows have come from all other ranks. Lane r sees to rank r.
+__device__ bool wait_for_rows(const CombineParams& p, const Contributions& from, uint64_t tag) {
+    const int lane = threadIdx.x % 32;
+    bool there = true;
+    if ((from.ranks >> lane & 1u) && lane != p.call.rank && !breaks(p.call, Mutation::kRowsWithoutFlag)) {
+        const uint64_t* flag = &control_of(p.call, p.call.rank)->row_flags[lane][from.slot];
+        there = wait_for(p.call, flag, tag, Missing::kRow, lane);
+    }
+    there = __all_sync(~0u, there);
+    __syncwarp();  // what one lane has acquired, all have
+    return there;
+}
+
+// All lanes: this rank has drained the pass. Without a limit of its own: the waits for its rows have one.
+__device__ bool wait_for_own_drain(const CombineParams& p, uint64_t expected) {
+    bool drained = true;
+    if (threadIdx.x % 32 == 0) {
+        while (drained && load_acquire_sys(&p.call.state->drained) < expected) {
+            drained = !load_relaxed_gpu(&p.call.state->gave_up);
+        }
+    }
+    return __all_sync(~0u, drained);
+}
+
+__device__ void sum_weights(const CombineParams& p, const Contributions& from) {
+    const int lane = threadIdx.x % 32;
+    if (lane >= p.top_k) return;
+    float sum = 0.0f;
+    for (uint32_t left = from.ranks; left != 0; left &= left - 1) {
+        const int rank = __ffs(left) - 1;
+        if (rank != p.call.rank) {
+            sum += reinterpret_cast<const float*>(slot_at(p, p.call.rank, rank, from.slot) + p.slot_weights)[lane];
+        } else {
+            int64_t at = static_cast<int64_t>(from.received) * p.top_k + lane;
+            if (p.grouped) at = p.grouped_rows[at];
+            if (at >= 0) sum += p.topk_weights[at];
+        }
+    }
+    p.combined_weights[static_cast<int64_t>(from.token) * p.top_k + lane] = sum;
+}
+
+// Stress builds: nobody may read these bytes of the token's rows again.
+__device__ void poison_rows(const CombineParams& p, const Contributions& from) {
+#ifdef HPC_MOE_STRESS
+    const int scale = p.grouped ? 2 : 1;
+    for (uint32_t left = from.ranks & ~(1u << p.call.rank); left != 0; left &= left - 1) {
+        poison(slot_at(p, p.call.rank, __ffs(left) - 1, from.slot) + scale * from.begin,
+               scale * (from.end - from.begin), threadIdx.x % 32);
+    }
+#endif
+}
+
+// --- additions ----------------------------------------------------------------------------------------------------
+
+// Adds the biases to 8 channels, from byte `at` of the token's row on, rounds, and writes them.
+__device__ void finish_sum(const CombineParams& p, int64_t token_begin, int at, float (&sum)[8]) {
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+        if (p.biases[b]) add_bf16(sum, load_16(p.biases[b] + token_begin + at));
+    }
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(sum[2 * i], sum[2 * i + 1]);
+        words[i] = *reinterpret_cast<const uint32_t*>(&pair);
+    }
+    store_16(p.combined + token_begin + at, make_uint4(words[0], words[1], words[2], words[3]));
+}
+
+// The sum of two bf16 values rounded once, that is, no worse than through float32.
+__device__ uint32_t add_pairs(uint32_t a, uint32_t b) {
+    const __nv_bfloat162 sum =
+        __hadd2_rn(*reinterpret_cast<const __nv_bfloat162*>(&a), *reinterpret_cast<const __nv_bfloat162*>(&b));
+    return *reinterpret_cast<const uint32_t*>(&sum);
+}
+
+// Adds kRows rows (zeros, where there are fewer), 16 bytes of each, and writes the result at byte `at` of the
+// token's.
+template <int kRows>
+__device__ void add_rows(const CombineParams& p, int64_t token_begin, int at, const uint4 (&rows)[kRows]) {
+    if (kRows == 2 && p.biases[0] == nullptr && p.biases[1] == nullptr) {
+        const uint4 &a = rows[0], &b = rows[kRows - 1];
+        store_16(p.combined + token_begin + at,
+                 make_uint4(add_pairs(a.x, b.x), add_pairs(a.y, b.y), add_pairs(a.z, b.z), add_pairs(a.w, b.w)));
+        return;
+    }
+    float sum[8] = {};
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) add_bf16(sum, rows[i]);
+    finish_sum(p, token_begin, at, sum);
+}
+
+// All loads of a step come before its first addition.
+template <int kRows, int kUnroll>
+__device__ void sum_rows(const CombineParams& p, const Contributions& from) {
+    const uint8_t* rows[kRows];
+    const int count = __popc(from.ranks);
+    uint32_t left = from.ranks;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+        rows[i] = left ? row_from(p, from, __ffs(left) - 1) : nullptr;
+        left &= left - 1;
+    }
+    const int64_t token_begin = static_cast<int64_t>(from.token) * p.row_bytes;
+    for (int first = from.begin + 16 * (threadIdx.x % 32); first < from.end; first += kUnroll * kChunkBytes) {
+        uint4 values[kUnroll][kRows];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+            for (int i = 0; i < kRows; ++i) {
+                const int at = first + u * kChunkBytes;
+                values[u][i] = load_16_if(i < count && at < from.end, rows[i] + at);
+            }
+        }
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+            const int at = first + u * kChunkBytes;
+            if (at < from.end) add_rows<kRows>(p, token_begin, at, values[u]);
+        }
+    }
+}
+
+// Where what travels is float32, and this rank's own copies have yet to be added up.
+__device__ void sum_grouped_token(const CombineParams& p, const Contributions& from) {
+    for (int at = from.begin + 16 * (threadIdx.x % 32); at < from.end; at += kChunkBytes) {
+        float sum[8] = {};
+        for (uint32_t left = from.ranks; left != 0; left &= left - 1) {
+            const int rank = __ffs(left) - 1;
+            float part[8];
+            if (rank == p.call.rank) {
+                sum_copies(p, from.received, at, part);
+            } else {
+                const uint8_t* row = slot_at(p, p.call.rank, rank, from.slot) + 2 * at;
+                const uint4 low = load_16(row), high = load_16(row + 16);
+                const uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+                for (int c = 0; c < 8; ++c) part[c] = __uint_as_float(words[c]);
+            }
+#pragma unroll
+            for (int c = 0; c < 8; ++c) sum[c] += part[c];
+        }
+        finish_sum(p, static_cast<int64_t>(from.token) * p.row_bytes, at, sum);
+    }
+}
+
+__device__ void sum_token(const CombineParams& p, const Contributions& from) {
+    const int count = __popc(from.ranks);
+    if (p.grouped) {
+        sum_grouped_token(p, from);
+    } else if (count <= 2) {
+        sum_rows<2, 7>(p, from);
+    } else if (count <= 4) {
+        sum_rows<4, 4>(p, from);
+    } else {
+        sum_rows<8, kManyRowsChunks>(p, from);
+    }
+    if (from.begin == 0 && p.combined_weights) sum_weights(p, from);
+    poison_rows(p, from);
+    __syncwarp();
+}
+
+// A summing warp, pass by pass.
+__device__ void sum(const CombineParams& p, const Plan& plan, uint64_t epoch) {
+    uint64_t expected = 0;
+    for (int pass = 0; pass < plan.num_passes; ++pass) {
+        SummedTokens tokens(p, plan, pass);
+        expected += tokens.num_units();
+        for (; !tokens.is_at_end(); tokens.go_on()) {
+            const Contributions from = tokens.get();
+            if (!wait_for_rows(p, from, pass_tag(epoch, pass))) return;
+            stress_sleep(p.call);
+            sum_token(p, from);
+            if (plan.num_passes > 1 && threadIdx.x % 32 == 0) count_drained(p.call, epoch, pass, expected);
+        }
+        // A token that went nowhere else can be summed at once: it must not be counted for the pass before it.
+        if (pass + 1 < plan.num_passes && !wait_for_own_drain(p, expected)) return;
+    }
+}
+
+}  // namespace
+}  // namespace hpc_moe::cuda
