@@ -83,7 +83,7 @@ class Rows {
             end_ = p.rank_prefix_matrix[lane * ranks + p.call.rank];
         }
         const int most = __reduce_max_sync(~0u, lane == p.call.rank ? 0 : end_ - first_);
-        num_items_ = static_cast<int64_t>(most) * (ranks - 1);
+        num_items_ = static_cast<uint32_t>(most) * (ranks - 1);
         go_to_first();
     }
 
@@ -126,12 +126,13 @@ class Rows {
 
    private:
     // row -1: a rank that sent fewer rows has none for this item.
-    __device__ Outgoing outgoing(int64_t item) const {
-        const int others = p_.call.num_ranks - 1;
+    __device__ Outgoing outgoing(uint32_t item) const {
+        const uint32_t others = p_.call.num_ranks - 1;
         Outgoing out{-1, 0, (p_.call.rank + 1 + static_cast<int>(item % others)) % p_.call.num_ranks, -1};
-        const int64_t row = __shfl_sync(~0u, first_, out.rank) + item / others;
-        if (item >= num_items_ || row >= __shfl_sync(~0u, end_, out.rank)) return out;
-        out.row = static_cast<int>(row);
+        if (item >= num_items_) return out;
+        const int row = __shfl_sync(~0u, first_, out.rank) + static_cast<int>(item / others);
+        if (row >= __shfl_sync(~0u, end_, out.rank)) return out;
+        out.row = row;
         out.token = p_.recv_source_index[row];
         return out;
     }
@@ -151,8 +152,8 @@ class Rows {
     const CombineParams& p_;
     const Role role_;
     int first_ = 0, end_ = 0;  // lane r: the rows of x that came from rank r
-    int64_t num_items_;
-    int64_t item_;
+    uint32_t num_items_;
+    uint32_t item_;
     Outgoing here_, after_;  // of this item and the one after
     int pass_ = -1;          // not known
     uint64_t tag_ = 0;
@@ -241,7 +242,7 @@ __device__ void move_rows(const CombineParams& p, Plan& plan, FlagRings& rings, 
     } else if (kBulkCopies && is_flagger()) {
         if (p.call.num_ranks > 1) raise_flags(p.call, p.pipeline, rings);
     } else if (is_drainer(p.pipeline)) {
-        sum(p, plan, epoch);
+        sum<kBulkCopies>(p, plan, epoch);
     }
 }
 

@@ -20,8 +20,9 @@ namespace {
 
 constexpr int kSumParts = 4;      // warps that share a token, where there are few tokens
 constexpr int kChunkBytes = 512;  // of a row, 16 bytes a lane
-// Of 5 to 8 rows at a time: as many as there are registers for (ptxas for sm_80 spills with 2).
-constexpr int kManyRowsChunks = HPC_MOE_HAS_BULK_COPIES ? 2 : 1;
+// Chunks under way: as many as there are registers for.
+constexpr int kQuadChunks = HPC_MOE_HAS_BULK_COPIES ? 4 : 3;
+constexpr int kOctetChunks = HPC_MOE_HAS_BULK_COPIES ? 2 : 1;
 
 // What a block knows once all ranks have entered.
 struct Plan {
@@ -178,19 +179,14 @@ __device__ void poison_rows(const CombineParams& p, const Contributions& from) {
 
 // --- additions ----------------------------------------------------------------------------------------------------
 
-// Adds the biases to 8 channels, from byte `at` of the token's row on, rounds, and writes them.
-__device__ void finish_sum(const CombineParams& p, int64_t token_begin, int at, float (&sum)[8]) {
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
-        if (p.biases[b]) add_bf16(sum, load_16(p.biases[b] + token_begin + at));
-    }
+__device__ uint4 to_bf16(const float (&values)[8]) {
     uint32_t words[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(sum[2 * i], sum[2 * i + 1]);
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
         words[i] = *reinterpret_cast<const uint32_t*>(&pair);
     }
-    store_16(p.combined + token_begin + at, make_uint4(words[0], words[1], words[2], words[3]));
+    return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 // The sum of two bf16 values rounded once, that is, no worse than through float32.
@@ -200,54 +196,63 @@ __device__ uint32_t add_pairs(uint32_t a, uint32_t b) {
     return *reinterpret_cast<const uint32_t*>(&sum);
 }
 
-// Adds kRows rows (zeros, where there are fewer), 16 bytes of each, and writes the result at byte `at` of the
-// token's.
+// The sum of rows, 8 channels of each.
 template <int kRows>
-__device__ void add_rows(const CombineParams& p, int64_t token_begin, int at, const uint4 (&rows)[kRows]) {
-    if (kRows == 2 && p.biases[0] == nullptr && p.biases[1] == nullptr) {
-        const uint4 &a = rows[0], &b = rows[kRows - 1];
-        store_16(p.combined + token_begin + at,
-                 make_uint4(add_pairs(a.x, b.x), add_pairs(a.y, b.y), add_pairs(a.z, b.z), add_pairs(a.w, b.w)));
-        return;
-    }
-    float sum[8] = {};
+__device__ uint4 add_rows(const uint4 (&rows)[kRows]) {
+    if constexpr (kRows == 1) {
+        return rows[0];
+    } else if constexpr (kRows == 2) {
+        return make_uint4(add_pairs(rows[0].x, rows[1].x), add_pairs(rows[0].y, rows[1].y),
+                          add_pairs(rows[0].z, rows[1].z), add_pairs(rows[0].w, rows[1].w));
+    } else {
+        float sum[8] = {};
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) add_bf16(sum, rows[i]);
-    finish_sum(p, token_begin, at, sum);
+        for (int i = 0; i < kRows; ++i) add_bf16(sum, rows[i]);
+        return to_bf16(sum);
+    }
 }
 
-// All loads of a step come before its first addition.
-template <int kRows, int kUnroll>
-__device__ void sum_rows(const CombineParams& p, const Contributions& from) {
+__device__ int num_biases(const CombineParams& p) { return (p.biases[0] ? 1 : 0) + (p.biases[1] ? 1 : 0); }
+
+// Adds the token's `count` rows and biases, at most kRows together. kAhead chunks are on their way at any time: when
+// one has been added, a load behind the others takes its place.
+template <int kRows, int kAhead>
+__device__ void sum_rows(const CombineParams& p, const Contributions& from, int count) {
+    const int64_t token_begin = static_cast<int64_t>(from.token) * p.row_bytes;
     const uint8_t* rows[kRows];
-    const int count = __popc(from.ranks);
     uint32_t left = from.ranks;
+    const uint8_t* bias = p.biases[0];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-        rows[i] = left ? row_from(p, from, __ffs(left) - 1) : nullptr;
-        left &= left - 1;
-    }
-    const int64_t token_begin = static_cast<int64_t>(from.token) * p.row_bytes;
-    for (int first = from.begin + 16 * (threadIdx.x % 32); first < from.end; first += kUnroll * kChunkBytes) {
-        uint4 values[kUnroll][kRows];
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-#pragma unroll
-            for (int i = 0; i < kRows; ++i) {
-                const int at = first + u * kChunkBytes;
-                values[u][i] = load_16_if(i < count && at < from.end, rows[i] + at);
-            }
+        if (left != 0) {
+            rows[i] = row_from(p, from, __ffs(left) - 1);
+            left &= left - 1;
+        } else {
+            rows[i] = bias + token_begin;
+            bias = p.biases[1];
         }
+    }
+    const auto load = [&](uint4(&chunk)[kRows], int at) {
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            const int at = first + u * kChunkBytes;
-            if (at < from.end) add_rows<kRows>(p, token_begin, at, values[u]);
+        for (int i = 0; i < kRows; ++i) load_16_if(i < count && at < from.end, rows[i] + at, chunk[i]);
+    };
+    int at = from.begin + 16 * (threadIdx.x % 32);
+    uint4 chunks[kAhead][kRows] = {};
+#pragma unroll
+    for (int c = 0; c < kAhead; ++c) load(chunks[c], at + c * kChunkBytes);
+    while (at < from.end) {
+#pragma unroll
+        for (int c = 0; c < kAhead; ++c, at += kChunkBytes) {
+            if (at < from.end) store_16(p.combined + token_begin + at, add_rows(chunks[c]));
+            load(chunks[c], at + kAhead * kChunkBytes);
         }
     }
 }
 
-// Where what travels is float32, and this rank's own copies have yet to be added up.
-__device__ void sum_grouped_token(const CombineParams& p, const Contributions& from) {
+// Where what travels is float32, and this rank's own copies have yet to be added up. (Inlined, it would make sm_80
+// spill.)
+__device__ __noinline__ void sum_grouped_token(const CombineParams& p, const Contributions& from) {
+    const int64_t token_begin = static_cast<int64_t>(from.token) * p.row_bytes;
     for (int at = from.begin + 16 * (threadIdx.x % 32); at < from.end; at += kChunkBytes) {
         float sum[8] = {};
         for (uint32_t left = from.ranks; left != 0; left &= left - 1) {
@@ -265,20 +270,26 @@ __device__ void sum_grouped_token(const CombineParams& p, const Contributions& f
 #pragma unroll
             for (int c = 0; c < 8; ++c) sum[c] += part[c];
         }
-        finish_sum(p, static_cast<int64_t>(from.token) * p.row_bytes, at, sum);
+        for (int b = 0; b < num_biases(p); ++b) add_bf16(sum, load_16(p.biases[b] + token_begin + at));
+        store_16(p.combined + token_begin + at, to_bf16(sum));
     }
 }
 
+template <bool kBulkCopies>
 __device__ void sum_token(const CombineParams& p, const Contributions& from) {
-    const int count = __popc(from.ranks);
-    if (p.grouped) {
+    const int count = __popc(from.ranks) + num_biases(p);
+    if (!kBulkCopies && p.grouped) {
         sum_grouped_token(p, from);
-    } else if (count <= 2) {
-        sum_rows<2, 7>(p, from);
+    } else if (count <= 1) {
+        sum_rows<1, 4>(p, from, count);
+    } else if (count == 2) {
+        sum_rows<2, 7>(p, from, count);
     } else if (count <= 4) {
-        sum_rows<4, 4>(p, from);
+        sum_rows<4, kQuadChunks>(p, from, count);
+    } else if (count <= 8) {
+        sum_rows<8, kOctetChunks>(p, from, count);
     } else {
-        sum_rows<8, kManyRowsChunks>(p, from);
+        sum_rows<kMaxRanks + 2, 1>(p, from, count);
     }
     if (from.begin == 0 && p.combined_weights) sum_weights(p, from);
     poison_rows(p, from);
@@ -286,6 +297,7 @@ __device__ void sum_token(const CombineParams& p, const Contributions& from) {
 }
 
 // A summing warp, pass by pass.
+template <bool kBulkCopies>
 __device__ void sum(const CombineParams& p, const Plan& plan, uint64_t epoch) {
     uint64_t expected = 0;
     for (int pass = 0; pass < plan.num_passes; ++pass) {
@@ -295,7 +307,7 @@ __device__ void sum(const CombineParams& p, const Plan& plan, uint64_t epoch) {
             const Contributions from = tokens.get();
             if (!wait_for_rows(p, from, pass_tag(epoch, pass))) return;
             stress_sleep(p.call);
-            sum_token(p, from);
+            sum_token<kBulkCopies>(p, from);
             if (plan.num_passes > 1 && threadIdx.x % 32 == 0) count_drained(p.call, epoch, pass, expected);
         }
         // A token that went nowhere else can be summed at once: it must not be counted for the pass before it.

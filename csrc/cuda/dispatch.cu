@@ -442,7 +442,7 @@ __device__ void move_own_rows(const DispatchParams& p, const Plan& plan) {
         if (position < 0) continue;
         const int64_t own = plan.targets[p.call.rank].first + position;
         uint8_t* const to[1] = {p.recv_rows + own * p.row_bytes};
-        copy_row<1, 8>(p.x + token * p.x_stride, to, 0, p.row_bytes);
+        copy_row<1>(p.x + token * p.x_stride, to, 0, p.row_bytes);
     }
 }
 

@@ -93,16 +93,14 @@ __device__ inline uint4 load_16(const void* from) {
     return value;
 }
 
-// The same if `wanted`, else zeros; no branch, so that many of these are under way at once.
-__device__ inline uint4 load_16_if(bool wanted, const void* from) {
-    uint4 value;
+// The same if `wanted`, else the value stays; no branch, so that many of these are under way at once.
+__device__ inline void load_16_if(bool wanted, const void* from, uint4& value) {
     asm volatile(
-        "{\n .reg .pred p;\n setp.ne.u32 p, %5, 0;\n mov.b32 %0, 0;\n mov.b32 %1, 0;\n mov.b32 %2, 0;\n"
-        " mov.b32 %3, 0;\n @p ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
-        : "=&r"(value.x), "=&r"(value.y), "=&r"(value.z), "=&r"(value.w)
+        "{\n .reg .pred p;\n setp.ne.u32 p, %5, 0;\n"
+        " @p ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
+        : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w)
         : "l"(from), "r"(static_cast<uint32_t>(wanted))
         : "memory");
-    return value;
 }
 
 __device__ inline void store_16(void* to, const uint4& value) {

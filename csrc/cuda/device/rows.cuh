@@ -268,26 +268,23 @@ class RowPump {
 
 // --- copies through registers --------------------------------------------------------------------------------------
 
-// A warp copies [begin, end) of a row, in bytes, multiples of 16, to each non-null target. Many loads before the first
-// store: the time of one is long.
-template <int kTargets, int kUnroll = kTargets == 1 ? 4 : 2>
+// A warp copies [begin, end) of a row, in bytes, multiples of 16, to each non-null target. kAhead loads are on their way
+// at any time: when one has been stored, a load behind the others takes its place.
+template <int kTargets, int kAhead = kTargets == 1 ? 8 : 4>
 __device__ inline void copy_row(const uint8_t* from, uint8_t* const (&to)[kTargets], int begin, int end) {
-    const int lane = threadIdx.x % 32;
-    for (int first = begin + 16 * lane; first < end; first += 16 * 32 * kUnroll) {
-        uint4 values[kUnroll];
+    constexpr int kStep = 16 * 32;
+    uint4 values[kAhead] = {};
+    int at = begin + 16 * (threadIdx.x % 32);
 #pragma unroll
-        for (int i = 0; i < kUnroll; ++i) {
-            const int at = first + i * 16 * 32;
-            if (at < end) values[i] = load_16(from + at);
-        }
+    for (int i = 0; i < kAhead; ++i) load_16_if(at + i * kStep < end, from + at + i * kStep, values[i]);
+    while (at < end) {
 #pragma unroll
-        for (int target = 0; target < kTargets; ++target) {
-            if (to[target] == nullptr) continue;
+        for (int i = 0; i < kAhead; ++i, at += kStep) {
 #pragma unroll
-            for (int i = 0; i < kUnroll; ++i) {
-                const int at = first + i * 16 * 32;
-                if (at < end) store_16(to[target] + at, values[i]);
+            for (int target = 0; target < kTargets; ++target) {
+                if (at < end && to[target] != nullptr) store_16(to[target] + at, values[i]);
             }
+            load_16_if(at + kAhead * kStep < end, from + at + kAhead * kStep, values[i]);
         }
     }
 }
