@@ -10,7 +10,7 @@
 //    (Control::row_flags, by source and slot), which the summing warps acquire. Where rows pass through registers, the
 //    sending warp does.
 // 4. *Sum.* A summing warp takes a token, waits for the flags of all ranks that it went to, and adds the rows in the
-//    order of ranks, then the biases, in float32 (combine_sums.cuh). Sums begin while later rows are on their way.
+//    order of ranks, then the biases (combine_sums.cuh). Sums begin while later rows are on their way.
 // 5. *Passes.* A pass takes as many tokens of every rank as a region has slots. The last summing warp of a pass
 //    counts up (acq_rel) to what was expected, and releases Control::drained at all peers, which acquire it before
 //    the next pass. A rank without tokens in a pass gets no rows in it, nor in later ones: nobody waits for it.
@@ -31,8 +31,8 @@ __device__ void finish_plan(const CombineParams& p, Plan& plan) {
     const int lane = threadIdx.x % 32, ranks = p.call.num_ranks;
     int passes = 1;
     if (lane < ranks) {
-        plan.num_tokens[lane] = static_cast<int>(plan.entries[lane].num_tokens);
-        if (ranks > 1) passes = max(1, (plan.num_tokens[lane] + p.stage.num_slots - 1) / p.stage.num_slots);
+        const int tokens = plan.entries[lane].num_tokens;
+        if (ranks > 1) passes = max(1, (tokens + p.stage.num_slots - 1) / p.stage.num_slots);
     }
     passes = __reduce_max_sync(~0u, passes);
     if (lane == 0) {
@@ -107,8 +107,8 @@ class Rows {
 
     __device__ void load(const Outgoing& out, const RowBuffers& buffers) const {
         const int offset = out.piece * p_.pipeline.piece_bytes;
-        buffers.fill(p_.x + out.row * p_.x_stride + offset, min(p_.pipeline.piece_bytes, p_.row_bytes - offset),
-                     nullptr, 0, 0);
+        buffers.fill(p_.call, p_.x + out.row * p_.x_stride + offset,
+                     min(p_.pipeline.piece_bytes, p_.row_bytes - offset), nullptr, 0, 0);
     }
 
     __device__ void store(const Outgoing& out, const uint8_t* buffer, OwedFlags& flags) const {
@@ -193,7 +193,7 @@ __device__ void send_by_registers(const CombineParams& p, Rows& rows, int pass, 
 // Whether the lane's rank may get rows of this rank in a pass, and so must have drained the one before.
 __device__ bool gets_rows(const CombineParams& p, const Plan& plan, int pass) {
     const int lane = threadIdx.x % 32;
-    return lane < p.call.num_ranks && lane != p.call.rank && plan.num_tokens[lane] > pass * p.stage.num_slots;
+    return lane < p.call.num_ranks && lane != p.call.rank && plan.entries[lane].num_tokens > pass * p.stage.num_slots;
 }
 
 // A sending warp, pass by pass. `pump`: null where rows pass through registers.
@@ -271,6 +271,6 @@ void launch_combine(const CombineParams& params, const Launch& launch) {
     launch_mover(combine<true>, combine<false>, params, launch, "launching the combine kernel");
 }
 
-void prepare_combine() { prepare_mover(combine<true>, combine<false>); }
+void prepare_combine(bool bulk_copies) { prepare_mover(combine<true>, combine<false>, bulk_copies); }
 
 }  // namespace hpc_moe::cuda

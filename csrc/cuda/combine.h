@@ -34,6 +34,6 @@ struct CombineParams {
 };
 
 void launch_combine(const CombineParams& params, const Launch& launch);
-void prepare_combine();
+void prepare_combine(bool bulk_copies);
 
 }  // namespace hpc_moe::cuda

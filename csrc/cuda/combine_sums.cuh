@@ -1,12 +1,12 @@
 // The summing half of combine.cu, and what it shares with the sending half.
 //
 // A summing warp takes one token after the other (a quarter of one, where there are few). When it has acquired the
-// flags of all the token's rows, it adds them in the order of ranks, then the biases, in float32, and writes the
-// result.
+// flags flags of all the token's rows, it adds them in the order of ranks, then the biases, in float32 (two of them as
+// bf16, for which one rounding is exact enough), and writes the result.
 //
-// Registers do this, not bulk copies: what counts is how many bytes a block has under way, and 12 warps of loads have
-// more than what shared memory could hold beside the rows that are sent. L1 holds what is being loaded, so a block must
-// leave it room: see kCombineBytesInFlight.
+// Registers do this, not bulk copies: what counts is how many bytes a block has under way, and a dozen warps of loads
+// have more than what shared memory could hold beside the rows that are sent. L1 holds what is being loaded, so a block
+// must leave it room: see kCombineBytesInFlight.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -27,8 +27,7 @@ constexpr int kOctetChunks = HPC_MOE_HAS_BULK_COPIES ? 2 : 1;
 // What a block knows once all ranks have entered.
 struct Plan {
     Entry entries[kMaxRanks];
-    int32_t num_tokens[kMaxRanks];  // of every rank
-    int32_t first_own;              // where this rank's own rows begin in x
+    int32_t first_own;  // where this rank's own rows begin in x
     int32_t num_passes;
     bool go;
 };

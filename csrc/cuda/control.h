@@ -31,7 +31,7 @@ struct Entry {
     int32_t fields[kMaxFields];  // must be equal on all ranks
     int32_t num_tokens;          // of the rank that enters
     int32_t capacity;            // rows that its outputs have room for, -1: as many as come
-    int32_t num_blocks;          // of its kernel
+    int32_t num_blocks;          // of its dispatch
     // Where, in units of kLandingUnit from the start of its window, the peers may put this call's results; [kRows] < 0:
     // nowhere.
     int32_t landing[kNumArrays];
@@ -43,14 +43,14 @@ constexpr int kEntryWords = sizeof(Entry) / 4;
 static_assert(kEntryWords <= 32);
 
 // An entry in a window. A word holds 4 bytes of it, and above them the low half of the epoch, so that whoever reads
-// the epoch has the bytes: nothing has to be ordered.
+// the epoch has the bytes. (What an entry permits is ordered by fence and acquire: device/protocol.cuh.)
 struct PostedEntry {
     uint64_t words[kEntryWords];
     char text[kTextBytes];  // with kRejected; written before the words, which release it
 };
 
 // At the start of every window. All of it is written by peers, each in places of its own, and never cleaned: epochs and
-// passes count up, and a value from an earlier call is smaller than what a wait wants.
+// passes count up, and a value from an earlier call is smaller than what a wait wants (an entry's: different).
 struct Control {
     PostedEntry entries[2][kMaxRanks];         // by parity of the epoch, and by the rank that enters
     uint64_t arrived[kMaxRanks][kMaxBlocks];   // epoch of the last call in which a source's block has sent everything

@@ -10,7 +10,8 @@
 //    warps that would drain copy them.
 // 3. *Staged rows.* When lane 0 knows that bulk copies are done (not: read), it releases their flags (.cta) to the
 //    block's flagging warp, which acquires them, and releases them (fence, then stores) in the peers' windows
-//    (Control::row_flags, epoch and pass). The receiver's draining warps acquire them there, and copy.
+//    (Control::row_flags, epoch and pass). The receiver's draining warps acquire them there, and copy. Where rows pass
+//    through registers, the sending warp releases their flags itself.
 // 4. *Passes.* A region has few slots: rows beyond them wait for the next pass. The last draining warp of a pass
 //    counts up (acq_rel) to what was expected, and releases Control::drained at all peers, which they acquire before
 //    they write the next pass. Across calls, entering is that permission.
@@ -302,7 +303,7 @@ class Tokens {
     __device__ void load(const Outgoing& out, const RowBuffers& buffers) const {
         const PipelineShape& shape = p_.pipeline;
         const int offset = out.piece * shape.piece_bytes;
-        buffers.fill(p_.x + out.token * p_.x_stride + offset, min(shape.piece_bytes, p_.row_bytes - offset),
+        buffers.fill(p_.call, p_.x + out.token * p_.x_stride + offset, min(shape.piece_bytes, p_.row_bytes - offset),
                      p_.scales + out.token * p_.scale_token_stride, out.piece == 0 ? shape.scale_bytes : 0,
                      shape.piece_bytes);
     }
@@ -595,13 +596,14 @@ __device__ void tell_arrivals(const DispatchParams& p, uint64_t epoch) {
     if (load_relaxed_gpu(&p.call.state->gave_up)) return;
     stress_sleep(p.call);
     const int lane = threadIdx.x % 32;
-    if (lane < p.call.num_ranks) store_release_sys(&control_of(p.call, lane)->arrived[p.call.rank][blockIdx.x], epoch);
+    if (lane >= p.call.num_ranks || lane == p.call.rank) return;
+    store_release_sys(&control_of(p.call, lane)->arrived[p.call.rank][blockIdx.x], epoch);
 }
 
-// Warps of one block, from the second on, a rank each: all blocks of that rank have sent everything.
+// Warps of one block, from the second on, a peer each: all blocks of that peer have sent everything.
 __device__ void wait_for_arrivals(const DispatchParams& p, const Plan& plan, uint64_t epoch) {
     const int rank = static_cast<int>(threadIdx.x / 32) - 1;
-    if (rank >= p.call.num_ranks || breaks(p.call, Mutation::kEndWithoutArrivals)) return;
+    if (rank >= p.call.num_ranks || rank == p.call.rank || breaks(p.call, Mutation::kEndWithoutArrivals)) return;
     for (int block = threadIdx.x % 32; block < plan.entries[rank].num_blocks; block += 32) {
         const uint64_t* word = &control_of(p.call, p.call.rank)->arrived[rank][block];
         if (!wait_for(p.call, word, epoch, Missing::kArrival, rank)) return;
@@ -629,6 +631,16 @@ __device__ __noinline__ void clear_call(const DispatchParams& p) {
     for (int64_t i = threadIdx.x; p.grouped && i < static_cast<int64_t>(p.num_rows) * p.top_k; i += blockDim.x) {
         p.grouped_rows[i] = -1;
     }
+}
+
+// All threads, in a call that does not go on. The last block clears, for the others still read what it writes.
+__device__ __noinline__ void end_without_rows(const DispatchParams& p, uint64_t epoch) {
+    __shared__ bool is_last;
+    if (threadIdx.x == 0) is_last = is_last_block(p.call);
+    __syncthreads();
+    if (!is_last) return;
+    if (p.marks_unused) clear_call(p);
+    if (threadIdx.x == 0) end_epoch(p.call, epoch);
 }
 
 // The last warp: enters, and meets the peers.
@@ -690,14 +702,15 @@ __global__ void __launch_bounds__(kThreadsPerBlock, 1) dispatch(const __grid_con
     move_rows<kBulkCopies>(p, plan, rings, epoch);
     if (plan.go && threadIdx.x < 32 && breaks(p.call, Mutation::kArrivalBeforeAllWarps)) tell_arrivals(p, epoch);
     __syncthreads();
-    if (!plan.go && blockIdx.x == 0 && p.marks_unused) clear_call(p);
-    if (threadIdx.x < 32) {
-        if (plan.go) tell_arrivals(p, epoch);
+    if (!plan.go) {
+        end_without_rows(p, epoch);
+    } else if (threadIdx.x < 32) {
+        tell_arrivals(p, epoch);
         if (threadIdx.x == 0 && is_last_block(p.call)) {
-            if (plan.go) count_passes(p.call, plan.num_passes);
+            count_passes(p.call, plan.num_passes);
             end_epoch(p.call, epoch);
         }
-    } else if (plan.go && blockIdx.x == 0) {
+    } else if (blockIdx.x == 0) {
         wait_for_arrivals(p, plan, epoch);
     }
 }
@@ -708,6 +721,6 @@ void launch_dispatch(const DispatchParams& params, const Launch& launch) {
     launch_mover(dispatch<true>, dispatch<false>, params, launch, "launching the dispatch kernel");
 }
 
-void prepare_dispatch() { prepare_mover(dispatch<true>, dispatch<false>); }
+void prepare_dispatch(bool bulk_copies) { prepare_mover(dispatch<true>, dispatch<false>, bulk_copies); }
 
 }  // namespace hpc_moe::cuda

@@ -53,6 +53,6 @@ struct DispatchParams {
 };
 
 void launch_dispatch(const DispatchParams& params, const Launch& launch);
-void prepare_dispatch();
+void prepare_dispatch(bool bulk_copies);
 
 }  // namespace hpc_moe::cuda

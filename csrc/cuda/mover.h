@@ -16,11 +16,14 @@ void launch_mover(void (*with_bulk_copies)(Params), void (*without)(Params), con
     check(cudaGetLastError(), what);
 }
 
-// Loads both, so that none is loaded behind one that spins.
+// Loads what will be launched, so that nothing is loaded behind a kernel that spins. Without bulk copies, there may not
+// be as much shared memory.
 template <typename Params>
-void prepare_mover(void (*with_bulk_copies)(Params), void (*without)(Params)) {
-    check(cudaFuncSetAttribute(with_bulk_copies, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes),
-          "loading a kernel");
+void prepare_mover(void (*with_bulk_copies)(Params), void (*without)(Params), bool bulk_copies) {
+    if (bulk_copies) {
+        check(cudaFuncSetAttribute(with_bulk_copies, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes),
+              "loading a kernel");
+    }
     cudaFuncAttributes attributes;
     check(cudaFuncGetAttributes(&attributes, without), "loading a kernel");
 }

@@ -121,10 +121,13 @@ CudaRuntime::CudaRuntime(int rank, int num_ranks, int device, int64_t window_byt
         throw std::invalid_argument("num_nvl_bytes=" + std::to_string(window_bytes) +
                                     " is more than the GPU has: " + std::to_string(total_bytes) + " bytes");
     }
+    if (window_bytes / kLandingUnit >= INT32_MAX) {  // places in it are told as int32
+        throw std::invalid_argument("num_nvl_bytes=" + std::to_string(window_bytes) + " must be less than 256 GiB");
+    }
     prepare_layout();
     prepare_exchange();
-    prepare_dispatch();
-    prepare_combine();
+    prepare_dispatch(bulk_copies_);
+    prepare_combine(bulk_copies_);
     window_ = std::make_shared<Window>(device, kControlBytes + window_bytes);
     check(cudaMemset(window_->address(), 0, kControlBytes), "clearing the window");
     LocalState state{};
@@ -363,7 +366,6 @@ void CudaRuntime::launch_combine(CombineParams params, const std::vector<int64_t
                                            false, params.has_weights, false, false, slot));
     params.slot_weights = slot.topk_weights;
     const int blocks = limit_blocks(num_blocks);
-    params.call.entry.num_blocks = blocks;
     const bool bulk_copies = bulk_copies_ && !params.grouped;  // a grouped one adds before it sends
     params.pipeline = shape_pipeline(params.row_bytes, 0, blocks, kCombineBytesInFlight, bulk_copies);
     cuda::launch_combine(params, {blocks, bulk_copies, stream});

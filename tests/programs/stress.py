@@ -84,6 +84,11 @@ MUTATIONS = [
         "the receiver drains or sums a slot before the row is there; the sender sleeps in between",
         NO_BULK_COPIES,
     ),
+    Mutation(
+        "kFillBeforeStoresAreRead",
+        "a buffer in shared memory is filled again while bulk copies still read it",
+        "a row arrives with the bytes of one that its warp sends later",
+    ),
 ]
 
 

@@ -94,7 +94,7 @@ def draw_round(random: Random, num_ranks: int) -> Round:
         with_weights=random.random() < 0.7,
         num_biases=random.randint(0, 2),
         async_finish=random.random() < 0.5,
-        num_sms=random.choice((2, 8, 20, 24)),
+        num_sms=random.choice((2, 8, 20, 24, 40)),
         later=tuple(random.choice(("cached", "combine", "combine")) for _ in range(random.randint(0, 6))),
         checks_at_once=random.random() < 0.6,
     )

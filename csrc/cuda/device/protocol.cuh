@@ -1,13 +1,12 @@
 // Entering a call, waiting with a limit, and leaving a call. Every kernel that talks to peers goes through these.
 //
 // 1. *Enter.* Block 0 writes this rank's Entry into every window (its own too): fence.acq_rel.sys, then words that each
-//    carry the epoch, which therefore need no order among themselves; fence and words are a release of what this rank
-//    did before. The place is chosen by the epoch's parity: a peer that enters epoch n + 2 has seen this rank enter n +
-//    1, which it did after all its blocks had read the entries of n.
+//    carry the epoch, and so need no order among themselves; fence and words are a release of what this rank did
+//    before. The place is chosen by the epoch's parity: a peer that enters epoch n + 2 has seen this rank enter n + 1,
+//    which it did after all its blocks had read the entries of n.
 // 2. *Meet.* Every block acquires all entries of the epoch, into its shared memory. That a peer has entered means that
-// all its earlier calls
-//    have ended (they run in one order), so it has drained its window: this is the permission to write there. All
-//    ranks see the same entries, and so agree on whether the call goes on.
+//    all its earlier calls have ended (they run in one order), so it has drained its window: this is the permission to
+//    write there. All ranks see the same entries, and so agree on whether the call goes on.
 // 3. *Leave.* Every thread's stores are done; a barrier of the block; a counter with acq_rel. The last block has
 //    then seen all of them, and advances the epoch.
 //
@@ -60,7 +59,7 @@ __device__ inline bool wait_for(const Call& call, const uint64_t* word, uint64_t
     uint64_t got = load_acquire_sys(word);
     if (got >= wanted) return true;
     const uint64_t begin = nanoseconds();
-    for (int polls = 1; (got = load_acquire_sys(word)) < wanted; ++polls) {
+    for (uint32_t polls = 1; (got = load_acquire_sys(word)) < wanted; ++polls) {
         if (polls % 64 != 0) continue;
         if (load_relaxed_gpu(&call.state->gave_up)) return false;
         if (nanoseconds() - begin > call.timeout) {
@@ -105,14 +104,14 @@ __device__ inline void enter(const Call& call, uint64_t epoch, EntryStatus statu
 }
 
 // One warp: waits until all ranks have entered, and writes what they say to `entries` [R], in shared memory. Acquires
-// what they did before. `or_not`: takes what is there (see Mutation).
-__device__ inline bool wait_for_entries(const Call& call, uint64_t epoch, Entry* entries, bool or_not = false) {
+// what they did before. `takes_stale`: for kSendWithoutEntries and kCountsWithoutEntries.
+__device__ inline bool wait_for_entries(const Call& call, uint64_t epoch, Entry* entries, bool takes_stale = false) {
     const int lane = threadIdx.x % 32;
     const PostedEntry* posted = control_of(call, call.rank)->entries[epoch & 1];
     const auto tag = static_cast<uint32_t>(epoch);
     stress_sleep(call);
     uint64_t begin = 0;
-    for (int polls = 0;; ++polls) {
+    for (uint32_t polls = 0;; ++polls) {
         uint64_t found[kMaxRanks];
 #pragma unroll
         for (int r = 0; r < kMaxRanks; ++r) {
@@ -126,9 +125,9 @@ __device__ inline bool wait_for_entries(const Call& call, uint64_t epoch, Entry*
             reinterpret_cast<uint32_t*>(&entries[r])[lane] = static_cast<uint32_t>(found[r]);
             if (found[r] >> 32 != tag) late = r;
         }
-        if (or_not || __all_sync(~0u, late < 0)) break;
+        if (takes_stale || __all_sync(~0u, late < 0)) break;
         if (polls % 64 != 0) continue;
-        if (polls == 0) begin = nanoseconds();
+        if (begin == 0) begin = nanoseconds();
         const bool took_too_long = late >= 0 && nanoseconds() - begin > call.timeout;
         if (took_too_long) give_up(call, Missing::kEntry, late, 0, epoch);
         if (__any_sync(~0u, took_too_long || load_relaxed_gpu(&call.state->gave_up))) return false;
@@ -251,7 +250,8 @@ __device__ inline void count_passes(const Call& call, int num_passes) {
     call.state->last_passes[operation] = num_passes;
 }
 
-// One thread of the last block, which nobody's work in this call comes after: makes the state ready for the next call.
+// One thread of the last block, after which nobody looks at the state (but at gave_up): makes it ready for the next
+// call.
 __device__ inline void end_epoch(const Call& call, uint64_t epoch) {
     call.state->blocks_done = 0;
     call.state->drained = 0;

@@ -79,7 +79,7 @@ __device__ inline void raise_flags(const Call& call, const PipelineShape& shape,
 class OwedFlags {
    public:
     static constexpr int kLag = 4;
-    static_assert((kLag + 2) * kMaxRanks <= FlagRing::kSlots);  // or a warp could wait for what it has not handed over
+    static_assert((kLag + 1) * kMaxRanks <= FlagRing::kSlots);  // or a warp could wait for what it has not handed over
 
     // Before a barrier, after which the flagging warp looks at the ring.
     __device__ explicit OwedFlags(FlagRing& ring) : ring_(ring) {
@@ -152,8 +152,8 @@ __device__ inline void raise_flag(const Call& call, bool owes, uint64_t* flag, u
 
 // --- bulk copies ---------------------------------------------------------------------------------------------------
 
-// A sending warp's buffers in shared memory, filled by bulk copies and emptied in turn. Its loads are two pieces ahead
-// of its stores.
+// A sending warp's buffers in shared memory, filled by bulk copies and emptied in turn. When a piece is stored, the two
+// behind it are being loaded.
 struct RowBuffers {
     static constexpr uint32_t kCount = kBuffersPerWarp;
     static constexpr uint32_t kAhead = 2;
@@ -164,14 +164,14 @@ struct RowBuffers {
 
     // Lane 0: loads a piece, and `scale_bytes` behind it, into the next buffer, when its last copies have read it:
     // those after them are the last group.
-    __device__ void fill(const void* from, uint32_t bytes, const void* scales, uint32_t scale_bytes,
-                         uint32_t at) const {
-        wait_until_stores_are_read<kCount - kAhead - 1>();
+    __device__ void fill(const Call& call, const void* from, uint32_t bytes, const void* scales, uint32_t scale_bytes,
+                         uint32_t scales_at) const {
+        if (!breaks(call, Mutation::kFillBeforeStoresAreRead)) wait_until_stores_are_read<kCount - kAhead - 1>();
         uint64_t* const barrier = barriers + num_filled % kCount;
         uint8_t* const buffer = buffers + num_filled % kCount * buffer_bytes;
         expect_bytes(barrier, bytes + scale_bytes);
         bulk_load(buffer, from, bytes, barrier);
-        if (scale_bytes > 0) bulk_load(buffer + at, scales, scale_bytes, barrier);
+        if (scale_bytes > 0) bulk_load(buffer + scales_at, scales, scale_bytes, barrier);
     }
     // The buffer that was filled the longest ago, and a wait until that has ended.
     __device__ const uint8_t* filled() const { return buffers + num_emptied % kCount * buffer_bytes; }
@@ -233,6 +233,7 @@ class RowPump {
     __device__ void finish() { flags_.finish(); }
 
    private:
+    // Pieces whose load has begun, and that have not been stored.
     __device__ uint32_t num_loaded() const { return buffers_.num_filled - buffers_.num_emptied; }
 
     __device__ bool load_next(Source& source) {
@@ -268,8 +269,8 @@ class RowPump {
 
 // --- copies through registers --------------------------------------------------------------------------------------
 
-// A warp copies [begin, end) of a row, in bytes, multiples of 16, to each non-null target. kAhead loads are on their way
-// at any time: when one has been stored, a load behind the others takes its place.
+// A warp copies [begin, end) of a row, in bytes, multiples of 16, to each non-null target. kAhead loads are on their
+// way at any time: when one has been stored, a load behind the others takes its place.
 template <int kTargets, int kAhead = kTargets == 1 ? 8 : 4>
 __device__ inline void copy_row(const uint8_t* from, uint8_t* const (&to)[kTargets], int begin, int end) {
     constexpr int kStep = 16 * 32;

@@ -18,6 +18,7 @@ enum class Mutation : int32_t {
     kArrivalBeforeAllWarps,    // one warp of a block says that all of it have sent their rows
     kCountsWithoutEntries,     // the exchange reads counts before they are there
     kFlagBeforeRow,            // the row flag is written before the row
+    kFillBeforeStoresAreRead,  // a buffer in shared memory is filled again while copies still read it
 };
 
 __device__ inline bool breaks(const Call& call, Mutation mutation) {
