@@ -303,6 +303,7 @@ class CudaRuntime:
         timeout: float,
         shares_gpu: bool,
         bulk_copies: bool,
+        link_rate: int = -1,
         stress_seed: int = 0,
         mutation: int = 0,
     ) -> None: ...

@@ -836,6 +836,31 @@ def all_outputs(
     return {name: each.cpu() for name, each in named.items()} | {"weights": None if weights is None else weights.cpu()}
 
 
+@pytest.mark.parametrize("rate", ["0", "1", "1000"])
+def test_every_rate_gives_the_same_rows(comm: MPI.Intracomm, rate: str) -> None:
+    """Few SMs, so that every sending warp has rows enough to be held back."""
+    exchange = Exchange(comm, num_tokens=500, hidden=1024)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HPC_MOE_NVLINK_GB_PER_S", rate)
+        with make_buffer(comm) as buffer:
+            output = all_outputs(buffer, exchange, "token", Config(num_sms=2))
+    with make_buffer(comm) as buffer:
+        expected = all_outputs(buffer, exchange, "token", None)
+    with together(comm) as verdict:
+        for name, tensor in output.items():
+            verdict.same(name, tensor, expected[name])
+
+
+def test_a_bad_rate(comm: MPI.Intracomm) -> None:
+    """On one rank; all raise."""
+    with pytest.MonkeyPatch.context() as patch:
+        if comm.Get_rank() == 0:
+            patch.setenv("HPC_MOE_NVLINK_GB_PER_S", "fast")
+        with pytest.raises(ArgumentError, match="HPC_MOE_NVLINK_GB_PER_S must be a whole number of GB/s"):
+            make_buffer(comm)
+    make_buffer(comm).destroy()
+
+
 @pytest.mark.parametrize("expert_layout", ["token", "grouped"])
 def test_runs_give_the_same_bits(comm: MPI.Intracomm, expert_layout: str) -> None:
     """Whichever rank comes first."""

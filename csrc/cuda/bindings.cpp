@@ -133,9 +133,10 @@ void bind_runtime(py::module_& module) {
         .def_property_readonly("num_bytes", &Window::num_bytes);
 
     py::class_<CudaRuntime>(module, "CudaRuntime")
-        .def(py::init<int, int, int, int64_t, double, bool, bool, uint32_t, int32_t>(), py::arg("rank"),
+        .def(py::init<int, int, int, int64_t, double, bool, bool, int, uint32_t, int32_t>(), py::arg("rank"),
              py::arg("num_ranks"), py::arg("device"), py::arg("window_bytes"), py::arg("timeout"),
-             py::arg("shares_gpu"), py::arg("bulk_copies"), py::arg("stress_seed") = 0, py::arg("mutation") = 0)
+             py::arg("shares_gpu"), py::arg("bulk_copies"), py::arg("link_rate") = -1, py::arg("stress_seed") = 0,
+             py::arg("mutation") = 0)
         .def("get_local_device_id", &CudaRuntime::get_local_device_id)
         .def("get_local_device_uuid", [](const CudaRuntime& self) { return to_bytes(self.get_local_device_uuid()); })
         .def("get_local_ipc_handle", [](const CudaRuntime& self) { return to_bytes(self.get_local_ipc_handle()); })

@@ -4,8 +4,9 @@
 //    warps load their first rows.
 // 2. *Send.* A warp takes a received row and writes it into the stage of the rank that its token came from: region
 //    of this rank, slot of the token. Rows for different ranks take turns, so all links are used all the time. Rows
-//    that came from this rank itself stay where they are. Lane 0 moves rows by bulk copies; in the grouped layout
-//    all lanes add up a token's copies, and write the float32 sum.
+//    that came from this rank itself stay where they are. Lane r moves those for rank r by bulk copies, at the rate
+//    that the links take (pipeline.h); in the grouped layout all lanes add up a token's copies, and write the float32
+//    sum.
 // 3. *Flags.* As in dispatch.cu, step 3: when bulk copies are done, the block's flagging warp releases the rows' flags
 //    (Control::row_flags, by source and slot), which the summing warps acquire. Where rows pass through registers, the
 //    sending warp does.
@@ -44,11 +45,10 @@ __device__ void finish_plan(const CombineParams& p, Plan& plan) {
 
 // --- sending -----------------------------------------------------------------------------------------------------
 
-// A received row, or a piece of it, on its way back. The same in all lanes.
+// A received row on its way back. The same in all lanes.
 struct Outgoing {
-    int row;  // of x, in the token layout; else the received token
-    int piece;
-    int rank;
+    int row;    // of x, in the token layout; else the received token; -1: none
+    int rank;   // that the token came from
     int token;  // of that rank
 };
 
@@ -71,92 +71,138 @@ __device__ void send_weights(const CombineParams& p, const Outgoing& out, int sl
     reinterpret_cast<float*>(slot_at(p, out.rank, p.call.rank, slot) + p.slot_weights)[lane] = weight;
 }
 
-// A sending warp's rows, those of the other ranks in turn; for bulk copies: see RowPump.
+// An item is the how-manieth row of which of the other ranks, as seen from this one.
+struct Item {
+    int turn, other;
+};
+
+// A sending warp's items, one after the other. The same in all lanes.
+struct RowCursor {
+    Item item, next_item;
+    Outgoing row, next_row;
+    int offset;  // bytes of the row that are done
+};
+
+// A sending warp's rows, those of the other ranks in turn; for bulk copies: see RowPump. Lane r sends to rank r.
 class Rows {
    public:
-    using Piece = Outgoing;
-
-    __device__ explicit Rows(const CombineParams& p) : p_(p), role_(sender_role(p.pipeline)) {
+    __device__ explicit Rows(const CombineParams& p, const Plan& plan)
+        : p_(p), plan_(plan), role_(sender_role(p.pipeline)), others_(p.call.num_ranks - 1) {
         const int lane = threadIdx.x % 32, ranks = p.call.num_ranks;
         if (lane < ranks) {
             first_ = lane > 0 ? p.rank_prefix_matrix[(lane - 1) * ranks + p.call.rank] : 0;
             end_ = p.rank_prefix_matrix[lane * ranks + p.call.rank];
+            region_ = slot_at(p, lane, p.call.rank, 0);
+            flags_ = flag_of(p, lane, 0);
         }
-        const int most = __reduce_max_sync(~0u, lane == p.call.rank ? 0 : end_ - first_);
-        num_items_ = static_cast<uint32_t>(most) * (ranks - 1);
-        go_to_first();
+        num_turns_ = __reduce_max_sync(~0u, lane == p.call.rank ? 0 : end_ - first_);
+        start_ = {role_.index / others_, role_.index % others_};
+        step_ = {role_.count / others_, role_.count % others_};
+        go_to_first(loads_);
+        go_to_first(stores_);
     }
 
-    // From now on what is not needed in this pass is left out; before, nothing is known of passes.
+    __device__ Pacer pacer() const { return Pacer(p_.pipeline, role_, num_turns_ * others_); }
+
+    // Of the one and only pass, what was loaded before it began is what it needs.
     __device__ void begin_pass(uint64_t epoch, int pass) {
-        if (pass > 0) go_to_first();
+        if (plan_.num_passes > 1) {
+            go_to_first(loads_);
+            go_to_first(stores_);
+        }
         pass_ = pass;
         tag_ = pass_tag(epoch, pass);
     }
 
+    __device__ bool load_next(RowBuffers& buffers) {
+        if (loads_.offset == 0 && !find(loads_)) return false;
+        const int size = piece_size(p_.pipeline, p_.row_bytes, loads_.offset);
+        buffers.fill(p_.call, p_.x + loads_.row.row * p_.x_stride + loads_.offset, size, nullptr, 0, 0);
+        end_piece(loads_);
+        return true;
+    }
+
+    __device__ int store_next(const uint8_t* buffer, OwedFlags& flags) {
+        if (stores_.offset == 0) {
+            find(stores_);
+            slot_ = slot_of(p_, stores_.row.token, pass_);
+            to_ = region_ + slot_ * p_.stage.slot_bytes;
+            if (p_.topk_weights != nullptr) send_weights(p_, stores_.row, slot_);
+        }
+        const bool sends = threadIdx.x % 32 == stores_.row.rank;
+        const int offset = stores_.offset, size = piece_size(p_.pipeline, p_.row_bytes, offset);
+        if (sends) bulk_store(to_ + offset, buffer, size);
+        if (offset + size == p_.row_bytes) flags.add(sends, flags_ + slot_, tag_);
+        end_piece(stores_);
+        return size;
+    }
+
+    // Without bulk copies: the next row of the pass, as a whole.
     __device__ bool next(Outgoing& out) {
-        for (; item_ < num_items_; go_on()) {
-            if (here_.row < 0 || (pass_ >= 0 && slot_of(p_, here_.token, pass_) < 0)) continue;
-            out = here_;
-            here_.piece += 1;
-            if (here_.piece == p_.pipeline.pieces_per_row) go_on();
-            return true;
-        }
-        return false;
-    }
-
-    __device__ void load(const Outgoing& out, const RowBuffers& buffers) const {
-        const int offset = out.piece * p_.pipeline.piece_bytes;
-        buffers.fill(p_.call, p_.x + out.row * p_.x_stride + offset,
-                     min(p_.pipeline.piece_bytes, p_.row_bytes - offset), nullptr, 0, 0);
-    }
-
-    __device__ void store(const Outgoing& out, const uint8_t* buffer, OwedFlags& flags) const {
-        const int slot = slot_of(p_, out.token, pass_), offset = out.piece * p_.pipeline.piece_bytes;
-        if (slot < 0) return;
-        if (threadIdx.x % 32 == 0) {
-            bulk_store(slot_at(p_, out.rank, p_.call.rank, slot) + offset, buffer,
-                       min(p_.pipeline.piece_bytes, p_.row_bytes - offset));
-        }
-        if (out.piece == 0) send_weights(p_, out, slot);
-        if (out.piece == p_.pipeline.pieces_per_row - 1) {
-            flags.add(threadIdx.x % 32 == 0, flag_of(p_, out.rank, slot), tag_);
-        }
+        if (!find(stores_)) return false;
+        out = stores_.row;
+        go_on(stores_);
+        return true;
     }
 
    private:
-    // row -1: a rank that sent fewer rows has none for this item.
-    __device__ Outgoing outgoing(uint32_t item) const {
-        const uint32_t others = p_.call.num_ranks - 1;
-        Outgoing out{-1, 0, (p_.call.rank + 1 + static_cast<int>(item % others)) % p_.call.num_ranks, -1};
-        if (item >= num_items_) return out;
-        const int row = __shfl_sync(~0u, first_, out.rank) + static_cast<int>(item / others);
-        if (row >= __shfl_sync(~0u, end_, out.rank)) return out;
+    __device__ Outgoing outgoing(const Item& item) const {
+        Outgoing out = {-1, p_.call.rank + 1 + item.other, -1};
+        if (out.rank >= p_.call.num_ranks) out.rank -= p_.call.num_ranks;
+        const int row = __shfl_sync(~0u, first_, out.rank) + item.turn;
+        if (row >= __shfl_sync(~0u, end_, out.rank)) return out;  // a rank that sent fewer rows has none here
         out.row = row;
         out.token = p_.recv_source_index[row];
         return out;
     }
 
-    __device__ void go_to_first() {
-        item_ = role_.index;
-        here_ = outgoing(item_);
-        after_ = outgoing(item_ + role_.count);
+    __device__ Item after(const Item& item) const {
+        Item next = {item.turn + step_.turn, item.other + step_.other};
+        if (next.other >= others_) next = {next.turn + 1, next.other - others_};
+        return next;
     }
 
-    __device__ void go_on() {
-        item_ += role_.count;
-        here_ = after_;
-        after_ = outgoing(item_ + role_.count);  // not needed until the item after this one
+    __device__ void go_to_first(RowCursor& at) const {
+        at = {start_, after(start_), outgoing(start_), outgoing(after(start_)), 0};
+    }
+
+    __device__ void go_on(RowCursor& at) const {
+        at.item = at.next_item;
+        at.row = at.next_row;
+        at.next_item = after(at.item);
+        at.next_row = outgoing(at.next_item);  // not needed until the item after this one
+        at.offset = 0;
+    }
+
+    __device__ void end_piece(RowCursor& at) const {
+        at.offset += p_.pipeline.piece_bytes;
+        if (at.offset >= p_.row_bytes) go_on(at);
+    }
+
+    // Goes to the next row that this pass needs; before it has begun, to the next that there is.
+    __device__ bool find(RowCursor& at) const {
+        for (; at.item.turn < num_turns_; go_on(at)) {
+            if (at.row.row >= 0 && (pass_ < 0 || slot_of(p_, at.row.token, pass_) >= 0)) return true;
+        }
+        return false;
     }
 
     const CombineParams& p_;
+    const Plan& plan_;
     const Role role_;
-    int first_ = 0, end_ = 0;  // lane r: the rows of x that came from rank r
-    uint32_t num_items_;
-    uint32_t item_;
-    Outgoing here_, after_;  // of this item and the one after
-    int pass_ = -1;          // not known
+    const int others_;
+    // Lane r:
+    int first_ = 0, end_ = 0;    // the rows of x that came from rank r
+    uint8_t* region_ = nullptr;  // of this rank, in the stage of rank r
+    uint64_t* flags_ = nullptr;  // and its flags, a slot each
+    int num_turns_;              // the most rows of any
+    Item start_, step_;
+    RowCursor loads_, stores_;
+    int pass_ = -1;  // not known
     uint64_t tag_ = 0;
+    // Of the row that is being stored:
+    int slot_ = -1;
+    uint8_t* to_ = nullptr;  // lane r: where it would begin in the stage of rank r
 };
 
 __device__ uint4 float_bits_of(const float* values) {
@@ -200,6 +246,7 @@ __device__ bool gets_rows(const CombineParams& p, const Plan& plan, int pass) {
 __device__ void send(const CombineParams& p, const Plan& plan, Rows& rows, RowPump<Rows>* pump, uint64_t epoch) {
     for (int pass = 0; pass < plan.num_passes; ++pass) {
         if (pass > 0 && !wait_for_drains(p.call, epoch, pass, gets_rows(p, plan, pass))) break;
+        if (pump && plan.num_passes > 1) pump->discard();
         rows.begin_pass(epoch, pass);
         if (pump) {
             pump->move(p.call, rows);
@@ -217,8 +264,8 @@ template <bool kBulkCopies>
 __device__ void move_rows(const CombineParams& p, Plan& plan, FlagRings& rings, uint64_t epoch) {
     const bool sends = is_sender(p.pipeline) && p.call.num_ranks > 1;
     if (sends && kBulkCopies) {
-        Rows rows(p);
-        RowPump<Rows> pump(buffers_of_warp(p.pipeline), rings.of[threadIdx.x / 32]);
+        Rows rows(p, plan);
+        RowPump<Rows> pump(buffers_of_warp(p.pipeline), rings.of[threadIdx.x / 32], rows.pacer());
         pump.prefetch(rows);
         block_barrier();
         if (plan.go) {
@@ -237,7 +284,7 @@ __device__ void move_rows(const CombineParams& p, Plan& plan, FlagRings& rings, 
     block_barrier();
     if (!plan.go) return;
     if (sends) {
-        Rows rows(p);
+        Rows rows(p, plan);
         send(p, plan, rows, nullptr, epoch);
     } else if (kBulkCopies && is_flagger()) {
         if (p.call.num_ranks > 1) raise_flags(p.call, p.pipeline, rings);

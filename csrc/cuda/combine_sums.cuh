@@ -1,12 +1,11 @@
 // The summing half of combine.cu, and what it shares with the sending half.
 //
-// A summing warp takes one token after the other (a quarter of one, where there are few). When it has acquired the
-// flags flags of all the token's rows, it adds them in the order of ranks, then the biases, in float32 (two of them as
-// bf16, for which one rounding is exact enough), and writes the result.
+// A summing warp takes one token after the other (of the last ones a quarter, so that all warps work to the end). When
+// it has acquired the flags of all the token's rows, it adds them in the order of ranks, then the biases, in float32
+// (two of them as bf16, for which one rounding is exact enough), and writes the result.
 //
 // Registers do this, not bulk copies: what counts is how many bytes a block has under way, and a dozen warps of loads
-// have more than what shared memory could hold beside the rows that are sent. L1 holds what is being loaded, so a block
-// must leave it room: see kCombineBytesInFlight.
+// have more than what shared memory could hold beside the rows that are sent.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,7 +17,7 @@
 namespace hpc_moe::cuda {
 namespace {
 
-constexpr int kSumParts = 4;      // warps that share a token, where there are few tokens
+constexpr int kSumParts = 4;      // warps that share one of the last tokens
 constexpr int kChunkBytes = 512;  // of a row, 16 bytes a lane
 // Chunks under way: as many as there are registers for.
 constexpr int kQuadChunks = HPC_MOE_HAS_BULK_COPIES ? 4 : 3;
@@ -74,8 +73,8 @@ class SummedTokens {
         const int per_pass = p.call.num_ranks > 1 ? p.stage.num_slots : p.num_tokens;
         first_ = pass * per_pass;
         const int tokens = max(0, min(p.num_tokens - first_, per_pass));
-        num_parts_ = tokens * kSumParts <= role_.count ? kSumParts : 1;
-        num_units_ = tokens * num_parts_;
+        num_whole_ = max(0, tokens - role_.count / 2);
+        num_units_ = num_whole_ + (tokens - num_whole_) * kSumParts;
         unit_ = role_.index;
         position_ = load_position(unit_);
         next_position_ = load_position(unit_ + role_.count);
@@ -87,13 +86,14 @@ class SummedTokens {
 
     __device__ Contributions get() const {
         Contributions found;
-        found.slot = unit_ / num_parts_;
+        found.slot = slot_of_unit(unit_);
         found.token = first_ + found.slot;
         found.ranks = __ballot_sync(~0u, position_ >= 0);
         found.received = __shfl_sync(~0u, position_, p_.call.rank);
         if (found.received >= 0) found.received += plan_.first_own;
-        const int part_bytes = (p_.row_bytes / num_parts_ + 127) / 128 * 128;
-        found.begin = min(unit_ % num_parts_ * part_bytes, p_.row_bytes);
+        const bool is_whole = unit_ < num_whole_;
+        const int part_bytes = is_whole ? p_.row_bytes : (p_.row_bytes / kSumParts + 127) / 128 * 128;
+        found.begin = is_whole ? 0 : min((unit_ - num_whole_) % kSumParts * part_bytes, p_.row_bytes);
         found.end = min(found.begin + part_bytes, p_.row_bytes);
         return found;
     }
@@ -105,17 +105,21 @@ class SummedTokens {
     }
 
    private:
+    __device__ int slot_of_unit(int unit) const {
+        return unit < num_whole_ ? unit : num_whole_ + (unit - num_whole_) / kSumParts;
+    }
+
     // Lane r: the token's index among those for rank r, -1 if it did not go there.
     __device__ int load_position(int unit) const {
         const int lane = threadIdx.x % 32;
         if (lane >= p_.call.num_ranks || unit >= num_units_) return -1;
-        return p_.send_position[static_cast<int64_t>(first_ + unit / num_parts_) * p_.call.num_ranks + lane];
+        return p_.send_position[static_cast<int64_t>(first_ + slot_of_unit(unit)) * p_.call.num_ranks + lane];
     }
 
     const CombineParams& p_;
     const Plan& plan_;
     const Role role_;
-    int first_, num_parts_, num_units_, unit_;
+    int first_, num_whole_, num_units_, unit_;
     int position_, next_position_;
 };
 

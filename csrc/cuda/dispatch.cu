@@ -3,15 +3,16 @@
 // 1. All ranks meet (device/protocol.cuh). A rank's entry says where in its window this call's results may land;
 //    without such a place its rows are *staged*: they wait in the window's stage, a region per source, and the
 //    receiver moves them to its results. Meanwhile sending warps load their first rows.
-// 2. *Send.* A warp takes a token, reads its row once, and writes it to every rank that it goes to, row by row in
-//    turn: all links are used all the time. Lane 0 moves rows, and scales if it can, by bulk copies through shared
-//    memory; the other lanes write the rest. Where a row goes follows from counts and positions that both sides know:
-//    nothing is asked. This rank's own rows take the same way, straight to its results; where nothing is staged, the
-//    warps that would drain copy them.
-// 3. *Staged rows.* When lane 0 knows that bulk copies are done (not: read), it releases their flags (.cta) to the
-//    block's flagging warp, which acquires them, and releases them (fence, then stores) in the peers' windows
-//    (Control::row_flags, epoch and pass). The receiver's draining warps acquire them there, and copy. Where rows pass
-//    through registers, the sending warp releases their flags itself.
+// 2. *Send.* A warp takes a token, reads its row once, and writes it to every rank that it goes to: all links are used
+//    all the time, at the rate that they take (pipeline.h). Lane r moves rows, and scales if it can, to rank r, by bulk
+//    copies through shared memory; all lanes write the rest. Where a row goes follows from counts and positions that
+//    both sides know: nothing is asked. This rank's own rows take the same way, straight to its results; where nothing
+//    is staged, the warps that would drain copy them.
+// 3. *Staged rows.* When every lane of a sending warp knows that its bulk copies are done (not: read), the warp meets,
+//    and lane 0 releases their flags (.cta) to the block's flagging warp, which acquires them, and releases them
+//    (fence, then stores) in the peers' windows (Control::row_flags, epoch and pass). The receiver's draining warps
+//    acquire them there, and copy (dispatch_drain.cuh). Where rows pass through registers, the sending warp releases
+//    their flags itself.
 // 4. *Passes.* A region has few slots: rows beyond them wait for the next pass. The last draining warp of a pass
 //    counts up (acq_rel) to what was expected, and releases Control::drained at all peers, which they acquire before
 //    they write the next pass. Across calls, entering is that permission.
@@ -24,130 +25,31 @@
 #include "cuda/device/protocol.cuh"
 #include "cuda/device/rows.cuh"
 #include "cuda/dispatch.h"
+#include "cuda/dispatch_drain.cuh"
+#include "cuda/dispatch_plan.cuh"
 #include "cuda/mover.h"
 
 namespace hpc_moe::cuda {
 namespace {
 
-constexpr int kPositions = kNumArrays;  // one more array, in the stage only
-constexpr int kDrainParts = 4;          // warps that share a staged row
-
-// Where rows for a rank go: array `a` of row `i` is at base[a] + i * stride[a].
-struct Target {
-    uint8_t* base[kNumArrays + 1];
-    int64_t stride[kNumArrays + 1];
-    int32_t first;  // row of this rank's first token there
-    bool staged;
-};
-
-// What a block knows once all ranks have entered.
-struct Plan {
-    Entry entries[kMaxRanks];
-    Target targets[kMaxRanks];
-    int32_t rows_from[kMaxRanks];   // that this rank receives from each source
-    int32_t first_from[kMaxRanks];  // and where they begin
-    int32_t num_passes;
-    bool any_staged;  // somewhere
-    bool go;
-};
-
-__device__ int rows_between(const DispatchParams& p, int source, int rank) {
-    const int ranks = p.call.num_ranks;
-    const int before = source > 0 ? p.rank_prefix_matrix[(source - 1) * ranks + rank] : 0;
-    return p.rank_prefix_matrix[source * ranks + rank] - before;
-}
-
-__device__ int first_row(const DispatchParams& p, int source, int rank) {
-    return source > 0 ? p.rank_prefix_matrix[(source - 1) * p.call.num_ranks + rank] : 0;
-}
-
-__device__ void set_direct_strides(const DispatchParams& p, Target& target) {
-    target.stride[kRows] = p.row_bytes;
-    target.stride[kScales] = 4 * static_cast<int64_t>(p.num_scales);
-    target.stride[kTopkIndex] = 8 * static_cast<int64_t>(p.top_k);
-    target.stride[kTopkWeights] = 4 * static_cast<int64_t>(p.top_k);
-    target.stride[kSourceIndex] = 4;
-    target.base[kPositions] = nullptr;
-    target.stride[kPositions] = 0;
-}
-
-// What of a target depends on the peer's entry.
-__device__ void find_target(const DispatchParams& p, const Entry& entry, int rank, Target& target) {
-    target.staged = rank != p.call.rank && entry.landing[kRows] < 0;
-    if (target.staged) {
-        uint8_t* region = p.call.windows[rank] + p.stage.offset + p.call.rank * p.stage.region_bytes;
-        const int32_t offsets[kNumArrays + 1] = {
-            0, p.slot.scales, p.slot.topk_index, p.slot.topk_weights, p.slot.source_index, p.slot.positions};
-        for (int a = 0; a <= kNumArrays; ++a) {
-            target.base[a] = offsets[a] < 0 ? nullptr : region + offsets[a];
-            target.stride[a] = p.stage.slot_bytes;
-        }
-    } else if (rank != p.call.rank) {
-        for (int a = 0; a < kNumArrays; ++a) {
-            target.base[a] = entry.landing[a] < 0
-                                 ? nullptr
-                                 : p.call.windows[rank] + static_cast<int64_t>(entry.landing[a]) * kLandingUnit;
-        }
-    }
-}
-
-// The last warp, before the peers have entered.
-__device__ void begin_plan(const DispatchParams& p, Plan& plan) {
-    const int lane = threadIdx.x % 32;
-    if (lane < p.call.num_ranks) {
-        Target& target = plan.targets[lane];
-        target.first = first_row(p, p.call.rank, lane);
-        plan.rows_from[lane] = rows_between(p, lane, p.call.rank);
-        plan.first_from[lane] = first_row(p, lane, p.call.rank);
-        set_direct_strides(p, target);
-        target.base[kRows] = p.recv_rows;  // this rank's; those of the others follow
-        target.base[kScales] = reinterpret_cast<uint8_t*>(p.recv_scales);
-        target.base[kTopkIndex] = reinterpret_cast<uint8_t*>(p.recv_topk_index);
-        target.base[kTopkWeights] = reinterpret_cast<uint8_t*>(p.recv_topk_weights);
-        target.base[kSourceIndex] = reinterpret_cast<uint8_t*>(p.recv_source_index);
-    }
-    __syncwarp();
-}
-
-// The last warp, after all ranks have entered.
-__device__ void finish_plan(const DispatchParams& p, Plan& plan) {
-    const int lane = threadIdx.x % 32;
-    int passes = 1;
-    bool staged = false;
-    if (lane < p.call.num_ranks) {
-        const Entry& entry = plan.entries[lane];
-        staged = entry.landing[kRows] < 0;
-        find_target(p, entry, lane, plan.targets[lane]);
-        for (int source = 0; staged && source < p.call.num_ranks; ++source) {
-            if (source == lane) continue;
-            passes = max(passes, (rows_between(p, source, lane) + p.stage.num_slots - 1) / p.stage.num_slots);
-        }
-    }
-    passes = __reduce_max_sync(~0u, passes);
-    staged = __any_sync(~0u, staged && p.call.num_ranks > 1);
-    if (lane == 0) {
-        plan.num_passes = passes;
-        plan.any_staged = staged;
-    }
-    __syncwarp();
-}
-
 // --- sending -----------------------------------------------------------------------------------------------------
 
-// A token's row, or a piece of it, under way.
-struct Outgoing {
-    int token;
-    int piece;
-    int position;  // lane r: index among the tokens for rank r, -1: it does not go there
+// Which of the positions for a rank a pass takes, and where the rank has their rows. Before a pass has begun: all.
+struct PassRows {
+    int first = 0, count = INT32_MAX;
+    int shift = 0;  // from a position to a row
+
+    __device__ bool takes(int position) const { return position >= first && position - first < count; }
+    __device__ int row_of(int position) const { return takes(position) ? position + shift : -1; }
 };
 
-// Lane r: the token's row at rank r's target, -1 if it does not go there in this pass.
-__device__ int row_at_target(const DispatchParams& p, const Plan& plan, int position, int pass) {
-    if (position < 0) return -1;
-    const Target& target = plan.targets[threadIdx.x % 32];
-    if (!target.staged) return pass == 0 ? target.first + position : -1;
-    const int slot = position - pass * p.stage.num_slots;
-    return slot >= 0 && slot < p.stage.num_slots ? slot : -1;
+// Lane r: of rank r.
+__device__ PassRows rows_of_pass(const DispatchParams& p, const Plan& plan, int pass) {
+    const int lane = threadIdx.x % 32;
+    if (lane >= p.call.num_ranks) return {0, 0, 0};
+    const int slots = p.stage.num_slots;
+    if (plan.targets[lane].staged) return {pass * slots, slots, -pass * slots};
+    return {0, pass == 0 ? INT32_MAX : 0, plan.targets[lane].first};
 }
 
 __device__ int load_position(const DispatchParams& p, int token) {
@@ -223,17 +125,6 @@ __device__ void write_topk(const DispatchParams& p, const Plan& plan, int token,
     }
 }
 
-// What goes with one row of the grouped results, for a received token that is this rank's `local` expert's. All lanes.
-__device__ void write_grouped_details(const DispatchParams& p, int row, const uint32_t* scales, int64_t scale_stride,
-                                      int local, float weight) {
-    const int lane = threadIdx.x % 32;
-    for (int channel = lane; channel < p.num_scales; channel += 32) {
-        p.recv_scales[static_cast<int64_t>(row) * p.num_scales + channel] = scales[channel * scale_stride];
-    }
-    if (lane == 0 && p.recv_topk_index) p.recv_topk_index[row] = local;
-    if (lane == 0 && p.recv_topk_weights) p.recv_topk_weights[row] = weight;
-}
-
 // This rank's own token in the grouped layout: all that goes with its rows. Lane k has `grouped_row`.
 __device__ __noinline__ void write_own_grouped(const DispatchParams& p, int token, int received, int grouped_row) {
     const int lane = threadIdx.x % 32;
@@ -266,118 +157,142 @@ __device__ uint64_t* flag_of(const DispatchParams& p, int slot) {
     return &control_of(p.call, threadIdx.x % kMaxRanks)->row_flags[p.call.rank][slot];
 }
 
-// Where nothing is staged, the draining warps have time: they copy this rank's own rows, through registers, for a bulk
-// copy inside the GPU would wait behind those to the peers. (Only with bulk copies.)
-__device__ bool moves_own_rows_apart(const DispatchParams& p, const Plan& plan) {
-    return !plan.any_staged && !p.grouped;
-}
+// A sending warp's tokens, one after the other. In lane r, the positions are those among the tokens for rank r, -1: it
+// does not go there.
+struct TokenCursor {
+    int token;
+    int offset;  // bytes of its row that are done
+    int position;
+    int next_position;       // of the token after it
+    const int32_t* next_at;  // where that was read
+};
 
-// A sending warp's tokens, for bulk copies: see RowPump.
+// A sending warp's tokens, for bulk copies: see RowPump. Lane r sends to rank r.
 class Tokens {
    public:
-    using Piece = Outgoing;
-
-    __device__ Tokens(const DispatchParams& p, const Plan& plan) : p_(p), plan_(plan), role_(sender_role(p.pipeline)) {
-        go_to_first();
+    __device__ Tokens(const DispatchParams& p, const Plan& plan)
+        : p_(p), plan_(plan), role_(sender_role(p.pipeline)), lane_(threadIdx.x % 32) {
+        go_to_first(loads_);
+        go_to_first(stores_);
     }
 
-    // From now on what is not needed in this pass is left out; before, nothing is known of passes.
+    __device__ Pacer pacer() const { return Pacer(p_.pipeline, role_, p_.num_tokens); }
+
+    // Of the one and only pass, what was loaded before it began is what it needs.
     __device__ void begin_pass(uint64_t epoch, int pass) {
-        if (pass > 0) go_to_first();
-        pass_ = pass;
+        if (plan_.num_passes > 1) {
+            go_to_first(loads_);
+            go_to_first(stores_);
+        }
         tag_ = pass_tag(epoch, pass);
+        rows_ = rows_of_pass(p_, plan_, pass);
+        if (lane_ >= p_.call.num_ranks) return;
+        const Target& target = plan_.targets[lane_];
+        const bool is_own = lane_ == p_.call.rank;
+        base_ = is_own && (p_.grouped || moves_own_rows_apart(p_, plan_)) ? nullptr : target.base[kRows];
+        stride_ = target.stride[kRows];
     }
 
-    __device__ bool next(Outgoing& out) {
-        for (; token_ < p_.num_tokens; go_on()) {
-            const int row = pass_ < 0 ? position_ : row_at_target(p_, plan_, position_, pass_);
-            if (!__any_sync(~0u, row >= 0)) continue;
-            out = {token_, piece_, position_};
-            piece_ += 1;
-            if (piece_ == p_.pipeline.pieces_per_row) go_on();
-            return true;
+    __device__ bool load_next(RowBuffers& buffers) {
+        if (loads_.offset == 0 && !find(loads_)) return false;
+        const int64_t token = loads_.token;
+        buffers.fill(p_.call, p_.x + token * p_.x_stride + loads_.offset,
+                     piece_size(p_.pipeline, p_.row_bytes, loads_.offset), p_.scales + token * p_.scale_token_stride,
+                     loads_.offset == 0 ? p_.pipeline.scale_bytes : 0, p_.pipeline.piece_bytes);
+        end_piece(loads_);
+        return true;
+    }
+
+    __device__ int store_next(const uint8_t* buffer, OwedFlags& flags) {
+        const int offset = stores_.offset, size = piece_size(p_.pipeline, p_.row_bytes, offset);
+        if (offset == 0) begin_row();
+        if (to_ != nullptr) bulk_store(to_ + offset, buffer, size);
+        if (p_.grouped) store_own_grouped(buffer, size);
+        if (offset == 0) store_details(buffer);
+        if (plan_.any_staged && offset + size == p_.row_bytes) {
+            const bool owes = owes_flag(plan_, row_);
+            flags.add(owes, owes ? flag_of(p_, row_) : nullptr, tag_);
+        }
+        end_piece(stores_);
+        return size * num_peers_;
+    }
+
+   private:
+    __device__ void go_to_first(TokenCursor& at) const {
+        const int64_t row = static_cast<int64_t>(role_.index + role_.count) * p_.call.num_ranks;
+        at = {role_.index, 0, load_position(p_, role_.index), load_position(p_, role_.index + role_.count),
+              p_.send_position + row + lane_};
+    }
+
+    __device__ void go_on(TokenCursor& at) const {
+        at.token += role_.count;
+        at.offset = 0;
+        at.position = at.next_position;
+        at.next_at += role_.count * p_.call.num_ranks;
+        // Not needed until the token after this one.
+        at.next_position = lane_ < p_.call.num_ranks && at.token + role_.count < p_.num_tokens ? *at.next_at : -1;
+    }
+
+    __device__ void end_piece(TokenCursor& at) const {
+        at.offset += p_.pipeline.piece_bytes;
+        if (at.offset >= p_.row_bytes) go_on(at);
+    }
+
+    // Goes to the next token that this pass needs; before it has begun, to the next that goes anywhere.
+    __device__ bool find(TokenCursor& at) const {
+        for (; at.token < p_.num_tokens; go_on(at)) {
+            if (__any_sync(~0u, rows_.takes(at.position))) return true;
         }
         return false;
     }
 
-    __device__ void load(const Outgoing& out, const RowBuffers& buffers) const {
-        const PipelineShape& shape = p_.pipeline;
-        const int offset = out.piece * shape.piece_bytes;
-        buffers.fill(p_.call, p_.x + out.token * p_.x_stride + offset, min(shape.piece_bytes, p_.row_bytes - offset),
-                     p_.scales + out.token * p_.scale_token_stride, out.piece == 0 ? shape.scale_bytes : 0,
-                     shape.piece_bytes);
+    __device__ void begin_row() {
+        find(stores_);
+        row_ = rows_.row_of(stores_.position);
+        to_ = row_ >= 0 && base_ != nullptr ? base_ + row_ * stride_ : nullptr;
+        num_peers_ = __popc(__ballot_sync(~0u, row_ >= 0 && lane_ != p_.call.rank));
     }
 
-    __device__ void store(const Outgoing& out, const uint8_t* buffer, OwedFlags& flags) const {
-        const int at_target = row_at_target(p_, plan_, out.position, pass_);
-        for (int i = 1; i <= p_.call.num_ranks; ++i) {
-            const int r = (p_.call.rank + i) % p_.call.num_ranks;
-            const int row = __shfl_sync(~0u, at_target, r);
-            if (row < 0) continue;
-            if (p_.grouped && r == p_.call.rank) {
-                store_own_grouped(out, buffer, row);
-            } else if (threadIdx.x % 32 == 0) {
-                store_to(out, buffer, plan_.targets[r], row, r != p_.call.rank || !moves_own_rows_apart(p_, plan_));
-            }
-        }
-        if (out.piece == 0) write_details(p_, plan_, out.token, at_target);
-        if (plan_.any_staged && out.piece == p_.pipeline.pieces_per_row - 1) {
-            const bool owes = owes_flag(plan_, at_target);
-            flags.add(owes, owes ? flag_of(p_, at_target) : nullptr, tag_);
-        }
-    }
-
-   private:
-    __device__ void go_to_first() {
-        token_ = role_.index;
-        position_ = load_position(p_, token_);
-        next_position_ = load_position(p_, token_ + role_.count);
-        piece_ = 0;
-    }
-
-    __device__ void go_on() {
-        token_ += role_.count;
-        position_ = next_position_;
-        next_position_ = load_position(p_, token_ + role_.count);  // not needed until the token after this one
-        piece_ = 0;
-    }
-
-    // Lane 0.
-    __device__ void store_to(const Outgoing& out, const uint8_t* buffer, const Target& target, int row,
-                             bool with_row) const {
-        const int offset = out.piece * p_.pipeline.piece_bytes;
-        const int bytes = min(p_.pipeline.piece_bytes, p_.row_bytes - offset);
-        if (with_row) bulk_store(target.base[kRows] + row * target.stride[kRows] + offset, buffer, bytes);
-        if (p_.pipeline.scale_bytes > 0 && out.piece == 0) {
-            bulk_store(target.base[kScales] + row * target.stride[kScales], buffer + p_.pipeline.piece_bytes,
+    // What goes along with the row's first piece.
+    __device__ void store_details(const uint8_t* buffer) const {
+        if (p_.pipeline.scale_bytes > 0 && row_ >= 0 && !(p_.grouped && lane_ == p_.call.rank)) {
+            const Target& target = plan_.targets[lane_];
+            bulk_store(target.base[kScales] + row_ * target.stride[kScales], buffer + p_.pipeline.piece_bytes,
                        p_.pipeline.scale_bytes);
         }
+        write_details(p_, plan_, stores_.token, row_);
     }
 
-    __device__ void store_own_grouped(const Outgoing& out, const uint8_t* buffer, int received) const {
-        const int offset = out.piece * p_.pipeline.piece_bytes;
-        const int bytes = min(p_.pipeline.piece_bytes, p_.row_bytes - offset);
-        const int own = own_grouped_row(p_, out.token, received);
-        for (int k = 0; k < p_.top_k; ++k) {
-            const int64_t to = __shfl_sync(~0u, own, k);
-            if (to >= 0 && threadIdx.x % 32 == 0) bulk_store(p_.recv_rows + to * p_.row_bytes + offset, buffer, bytes);
-        }
-        if (out.piece == 0) write_own_grouped(p_, out.token, received, own);
+    __device__ void store_own_grouped(const uint8_t* buffer, int size) const {
+        const int received = __shfl_sync(~0u, row_, p_.call.rank);
+        if (received < 0) return;
+        const int64_t own = own_grouped_row(p_, stores_.token, received);
+        if (own >= 0) bulk_store(p_.recv_rows + own * p_.row_bytes + stores_.offset, buffer, size);
+        if (stores_.offset == 0) write_own_grouped(p_, stores_.token, received, static_cast<int>(own));
     }
 
     const DispatchParams& p_;
     const Plan& plan_;
     const Role role_;
-    int token_, piece_, position_, next_position_;  // the next piece; the positions of its token and of the one after
-    int pass_ = -1;                                 // not known
+    const int lane_;
+    TokenCursor loads_, stores_;
+    // Of the pass, in lane r for rank r:
+    PassRows rows_;
+    uint8_t* base_ = nullptr;  // null: this rank's own rows do not go this way
+    int64_t stride_ = 0;
     uint64_t tag_ = 0;
+    // Of the row that is being stored:
+    int num_peers_ = 0;      // that it goes to
+    int row_ = -1;           // lane r: at rank r; -1: it does not go there
+    uint8_t* to_ = nullptr;  // lane r: where it begins there; null: it does not go there, or not this way
 };
 
 // A sending warp's tokens of one pass, through registers.
 __device__ void send_by_registers(const DispatchParams& p, const Plan& plan, int pass, uint64_t tag) {
     const Role role = sender_role(p.pipeline);
+    const PassRows rows = rows_of_pass(p, plan, pass);
     for (int token = role.index; token < p.num_tokens; token += role.count) {
-        const int at_target = row_at_target(p, plan, load_position(p, token), pass);
+        const int at_target = rows.row_of(load_position(p, token));
         if (!__any_sync(~0u, at_target >= 0)) continue;
         const uint8_t* from = p.x + token * p.x_stride;
         uint8_t* to[kMaxRanks] = {};
@@ -422,6 +337,7 @@ __device__ bool gets_rows(const DispatchParams& p, const Plan& plan, int pass) {
 __device__ void send(const DispatchParams& p, const Plan& plan, RowPump<Tokens>& pump, Tokens& tokens, uint64_t epoch) {
     for (int pass = 0; pass < plan.num_passes; ++pass) {
         if (pass > 0 && !wait_for_drains(p.call, epoch, pass, gets_rows(p, plan, pass))) break;
+        if (plan.num_passes > 1) pump.discard();
         tokens.begin_pass(epoch, pass);
         pump.move(p.call, tokens);
     }
@@ -432,160 +348,6 @@ __device__ void send_by_registers(const DispatchParams& p, const Plan& plan, uin
     for (int pass = 0; pass < plan.num_passes; ++pass) {
         if (pass > 0 && !wait_for_drains(p.call, epoch, pass, gets_rows(p, plan, pass))) return;
         send_by_registers(p, plan, pass, pass_tag(epoch, pass));
-    }
-}
-
-// A draining warp: this rank's own rows, see moves_own_rows_apart.
-__device__ void move_own_rows(const DispatchParams& p, const Plan& plan) {
-    const Role role = drainer_role(p.pipeline);
-    for (int token = role.index; token < p.num_tokens; token += role.count) {
-        const int position = p.send_position[static_cast<int64_t>(token) * p.call.num_ranks + p.call.rank];
-        if (position < 0) continue;
-        const int64_t own = plan.targets[p.call.rank].first + position;
-        uint8_t* const to[1] = {p.recv_rows + own * p.row_bytes};
-        copy_row<1>(p.x + token * p.x_stride, to, 0, p.row_bytes);
-    }
-}
-
-// --- draining ----------------------------------------------------------------------------------------------------
-
-// A warp's share of a staged row, in the token layout. `received` is its row in the results.
-__device__ void drain_token(const DispatchParams& p, const uint8_t* slot, int received, int part, int begin, int end) {
-    const int lane = threadIdx.x % 32;
-    uint8_t* const to[1] = {p.recv_rows + static_cast<int64_t>(received) * p.row_bytes};
-    copy_row<1>(slot, to, begin, end);
-    if (part != 0) return;
-    const uint32_t* scales = reinterpret_cast<const uint32_t*>(slot + p.slot.scales);
-    for (int channel = lane; channel < p.num_scales; channel += 32) {
-        p.recv_scales[static_cast<int64_t>(received) * p.num_scales + channel] = scales[channel];
-    }
-    if (p.cached) return;
-    const int64_t at = static_cast<int64_t>(received) * p.top_k + lane;
-    if (lane < p.top_k && p.recv_topk_index) {
-        p.recv_topk_index[at] = reinterpret_cast<const int64_t*>(slot + p.slot.topk_index)[lane];
-    }
-    if (lane < p.top_k && p.recv_topk_weights) {
-        p.recv_topk_weights[at] = reinterpret_cast<const float*>(slot + p.slot.topk_weights)[lane];
-    }
-    if (lane == 0) p.recv_source_index[received] = *reinterpret_cast<const int32_t*>(slot + p.slot.source_index);
-}
-
-// The same in the grouped layout: a copy for every local expert that the token selected.
-__device__ void drain_grouped(const DispatchParams& p, const uint8_t* slot, int source, int received, int part,
-                              int begin, int end) {
-    const int lane = threadIdx.x % 32;
-    const int64_t at = static_cast<int64_t>(received) * p.top_k + lane;
-    int local = -1, row = -1;
-    if (lane < p.top_k && p.cached) row = p.grouped_rows[at];
-    if (lane < p.top_k && !p.cached) {
-        local = static_cast<int>(reinterpret_cast<const int64_t*>(slot + p.slot.topk_index)[lane]);
-        const int position = reinterpret_cast<const int32_t*>(slot + p.slot.positions)[lane];
-        if (local >= 0 && position >= 0) row = p.source_begin[source * p.experts_per_rank + local] + position;
-        if (part == 0) p.grouped_rows[at] = row;
-    }
-    if (part == 0 && lane == 0 && !p.cached) {
-        p.recv_source_index[received] = *reinterpret_cast<const int32_t*>(slot + p.slot.source_index);
-    }
-    float weight = 0.0f;
-    if (lane < p.top_k && p.slot.topk_weights >= 0) {
-        weight = reinterpret_cast<const float*>(slot + p.slot.topk_weights)[lane];
-    }
-    for (int k = 0; k < p.top_k; ++k) {
-        const int64_t to_row = __shfl_sync(~0u, row, k);
-        const int expert = __shfl_sync(~0u, local, k);
-        const float w = __shfl_sync(~0u, weight, k);
-        if (to_row < 0) continue;
-        uint8_t* const to[1] = {p.recv_rows + to_row * p.row_bytes};
-        copy_row<1>(slot, to, begin, end);
-        if (part == 0) {
-            const uint32_t* scales = reinterpret_cast<const uint32_t*>(slot + p.slot.scales);
-            write_grouped_details(p, static_cast<int>(to_row), scales, 1, expert, w);
-        }
-    }
-}
-
-// Rows that are staged here in a pass, of all sources; and the most of one source.
-__device__ int rows_in_pass(const DispatchParams& p, const Plan& plan, int pass, int* most) {
-    int sum = 0;
-    for (int source = 0; source < p.call.num_ranks; ++source) {
-        if (source == p.call.rank) continue;
-        const int rows = min(max(plan.rows_from[source] - pass * p.stage.num_slots, 0), p.stage.num_slots);
-        *most = max(*most, rows);
-        sum += rows;
-    }
-    return sum;
-}
-
-// A draining warp: its parts of the rows staged here, pass by pass, sources in turn.
-__device__ void drain(const DispatchParams& p, const Plan& plan, uint64_t epoch) {
-    const int lane = threadIdx.x % 32, others = p.call.num_ranks - 1;
-    const Role role = drainer_role(p.pipeline);
-    const int part_bytes = (p.row_bytes / kDrainParts + 127) / 128 * 128;
-    uint64_t expected = 0;
-    for (int pass = 0; pass < plan.num_passes; ++pass) {
-        int most = 0;
-        expected += static_cast<uint64_t>(kDrainParts) * rows_in_pass(p, plan, pass, &most);
-        for (int64_t unit = role.index; unit < static_cast<int64_t>(most) * others * kDrainParts; unit += role.count) {
-            const int part = unit % kDrainParts, slot = unit / kDrainParts / others;
-            const int source = (p.call.rank + 1 + unit / kDrainParts % others) % p.call.num_ranks;
-            const int in_source = pass * p.stage.num_slots + slot;
-            if (in_source >= plan.rows_from[source]) continue;
-            bool there = true;
-            if (lane == 0 && !breaks(p.call, Mutation::kRowsWithoutFlag)) {
-                there = wait_for(p.call, &control_of(p.call, p.call.rank)->row_flags[source][slot],
-                                 pass_tag(epoch, pass), Missing::kRow, source);
-            }
-            if (!__all_sync(~0u, there)) return;
-            __syncwarp();  // what lane 0 has acquired, all have
-            stress_sleep(p.call);
-            uint8_t* row = p.call.windows[p.call.rank] + p.stage.offset + source * p.stage.region_bytes +
-                           slot * p.stage.slot_bytes;
-            const int begin = min(part * part_bytes, p.row_bytes), end = min(begin + part_bytes, p.row_bytes);
-            const int received = plan.first_from[source] + in_source;
-            if (p.grouped) {
-                drain_grouped(p, row, source, received, part, begin, end);
-            } else {
-                drain_token(p, row, received, part, begin, end);
-            }
-            poison(row + begin, end - begin, lane);
-            __syncwarp();
-            if (plan.num_passes > 1 && lane == 0) count_drained(p.call, epoch, pass, expected);
-        }
-    }
-}
-
-// --- rows that nobody sends ----------------------------------------------------------------------------------------
-
-__device__ void mark_unused_row(const DispatchParams& p, int row, bool clear) {
-    const int lane = threadIdx.x % 32;
-    const int width = p.grouped ? 1 : p.top_k;
-    if (clear) {
-        clear_row(p.recv_rows + static_cast<int64_t>(row) * p.row_bytes, p.row_bytes);
-        for (int c = lane; c < p.num_scales; c += 32) p.recv_scales[static_cast<int64_t>(row) * p.num_scales + c] = 0;
-    }
-    if (lane < width && p.recv_topk_index) p.recv_topk_index[static_cast<int64_t>(row) * width + lane] = -1;
-    if (lane < width && p.recv_topk_weights) p.recv_topk_weights[static_cast<int64_t>(row) * width + lane] = 0.0f;
-}
-
-// Padding of the grouped layout is zero; rows beyond what comes, with num_worst_tokens, select no expert.
-__device__ __noinline__ void mark_unused(const DispatchParams& p, const Plan& plan) {
-    const int lane = threadIdx.x % 32, last_source = p.call.num_ranks - 1;
-    const auto [first, step] = drainer_role(p.pipeline);
-    const int num_recv = plan.first_from[last_source] + plan.rows_from[last_source];
-    int used = num_recv;
-    if (p.grouped) {
-        for (int e = 0; e < p.experts_per_rank; ++e) {
-            const int end = p.expert_ranges[2 * e + 1];
-            for (int row = p.expert_ranges[2 * e] + first; row < end; row += step) mark_unused_row(p, row, true);
-        }
-        used = p.expert_ranges[2 * p.experts_per_rank - 1];
-    }
-    if (!p.marks_unused) return;
-    for (int row = used + first; row < p.num_rows; row += step) mark_unused_row(p, row, false);
-    if (p.cached) return;
-    for (int token = num_recv + first; token < p.num_rows; token += step) {
-        if (lane == 0) p.recv_source_index[token] = -1;
-        if (lane < p.top_k && p.grouped) p.grouped_rows[static_cast<int64_t>(token) * p.top_k + lane] = -1;
     }
 }
 
@@ -659,7 +421,7 @@ __device__ void move_rows(const DispatchParams& p, Plan& plan, FlagRings& rings,
     if constexpr (kBulkCopies) {
         if (sends) {
             Tokens tokens(p, plan);
-            RowPump<Tokens> pump(buffers_of_warp(p.pipeline), rings.of[threadIdx.x / 32]);
+            RowPump<Tokens> pump(buffers_of_warp(p.pipeline), rings.of[threadIdx.x / 32], tokens.pacer());
             pump.prefetch(tokens);
             block_barrier();
             if (plan.go) {
@@ -677,7 +439,7 @@ __device__ void move_rows(const DispatchParams& p, Plan& plan, FlagRings& rings,
         send_by_registers(p, plan, epoch);
     } else if (kBulkCopies && is_flagger()) {
         if (plan.any_staged) raise_flags(p.call, p.pipeline, rings);
-    } else {
+    } else if (is_drainer(p.pipeline)) {
         if (p.grouped || p.marks_unused) mark_unused(p, plan);
         if (kBulkCopies && moves_own_rows_apart(p, plan)) move_own_rows(p, plan);
         if (p.call.entry.landing[kRows] < 0 && p.call.num_ranks > 1) drain(p, plan, epoch);

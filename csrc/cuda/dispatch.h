@@ -11,9 +11,10 @@ struct DispatchSlot {
     int32_t scales, topk_index, topk_weights, source_index, positions;
 };
 
-constexpr int kDispatchBytesInFlight = 1600 * 1000;
-// Where nothing has to be drained, these fill the links; with more, this rank's own rows get in the way of the others'.
-constexpr int kDispatchMaxBlocks = 16;
+constexpr int kDispatchBytesInFlight = 1400 * 1000;  // see shape_pipeline
+// Where nothing has to be drained, so many warps of all blocks copy this rank's own rows: with more, those get in the
+// way of the others'.
+constexpr int kDispatchOwnRowWarps = 150;
 
 struct DispatchParams {
     Call call;

@@ -93,7 +93,7 @@ Window::~Window() {
 }
 
 CudaRuntime::CudaRuntime(int rank, int num_ranks, int device, int64_t window_bytes, double timeout, bool shares_gpu,
-                         bool bulk_copies, uint32_t stress_seed, int32_t mutation)
+                         bool bulk_copies, int link_rate, uint32_t stress_seed, int32_t mutation)
     : rank_(rank),
       num_ranks_(num_ranks),
       device_(device),
@@ -101,6 +101,7 @@ CudaRuntime::CudaRuntime(int rank, int num_ranks, int device, int64_t window_byt
       stage_bytes_(window_bytes / 2 / 4096 * 4096),
       timeout_(timeout),
       shares_gpu_(shares_gpu),
+      link_rate_(link_rate),
       stress_seed_(stress_seed),
       mutation_(mutation) {
     if (num_ranks > kMaxRanks) throw std::runtime_error("more ranks than a node may have");
@@ -115,6 +116,7 @@ CudaRuntime::CudaRuntime(int rank, int num_ranks, int device, int64_t window_byt
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking for the GPU's kind");
     check(cudaDeviceGetAttribute(&num_sms_, cudaDevAttrMultiProcessorCount, device), "asking for the GPU's kind");
     bulk_copies_ = bulk_copies && major >= 9;
+    if (link_rate < 0) link_rate_ = major >= 10 ? kNvlink5Rate : kNvlink4Rate;
     size_t free_bytes = 0, total_bytes = 0;
     check(cudaMemGetInfo(&free_bytes, &total_bytes), "asking for the GPU's memory");
     if (kControlBytes + window_bytes > static_cast<int64_t>(total_bytes)) {
@@ -349,11 +351,15 @@ void CudaRuntime::launch_dispatch(DispatchParams params, const std::vector<int64
     params.stage = make_stage(lay_out_slot(params.row_bytes, params.num_scales, params.top_k, params.has_topk_index,
                                            params.has_topk_weights, params.grouped && !params.cached, !params.cached,
                                            params.slot));
-    const bool drains = params.call.entry.landing[kRows] < 0 || params.grouped;
-    const int blocks = limit_blocks(drains ? num_blocks : std::min(num_blocks, kDispatchMaxBlocks));
+    const int blocks = limit_blocks(num_blocks);
     params.call.entry.num_blocks = blocks;
-    params.pipeline =
-        shape_pipeline(params.row_bytes, bulk_scale_bytes(params), blocks, kDispatchBytesInFlight, bulk_copies_);
+    params.pipeline = shape_pipeline(params.row_bytes, bulk_scale_bytes(params), blocks, kDispatchBytesInFlight,
+                                     link_rate_, bulk_copies_);
+    const bool drains = params.call.entry.landing[kRows] < 0 || params.grouped;
+    if (bulk_copies_ && !drains) {
+        const int wanted = (kDispatchOwnRowWarps + blocks - 1) / blocks;
+        params.pipeline.num_drain_warps = std::min(params.pipeline.num_drain_warps, wanted);
+    }
     cuda::launch_dispatch(params, {blocks, bulk_copies_, stream});
 }
 
@@ -367,7 +373,7 @@ void CudaRuntime::launch_combine(CombineParams params, const std::vector<int64_t
     params.slot_weights = slot.topk_weights;
     const int blocks = limit_blocks(num_blocks);
     const bool bulk_copies = bulk_copies_ && !params.grouped;  // a grouped one adds before it sends
-    params.pipeline = shape_pipeline(params.row_bytes, 0, blocks, kCombineBytesInFlight, bulk_copies);
+    params.pipeline = shape_pipeline(params.row_bytes, 0, blocks, kCombineBytesInFlight, link_rate_, bulk_copies);
     cuda::launch_combine(params, {blocks, bulk_copies, stream});
 }
 

@@ -41,9 +41,9 @@ class CudaRuntime {
    public:
     // num_ranks: of this node, at most kMaxRanks. window_bytes: for rows; control data come on top. timeout: seconds
     // that a kernel waits for a peer. shares_gpu: ranks may share a GPU (for tests). bulk_copies: use them where there
-    // are any.
+    // are any. link_rate: see shape_pipeline, -1: that of the GPU's kind.
     CudaRuntime(int rank, int num_ranks, int device, int64_t window_bytes, double timeout, bool shares_gpu,
-                bool bulk_copies, uint32_t stress_seed, int32_t mutation);
+                bool bulk_copies, int link_rate, uint32_t stress_seed, int32_t mutation);
     ~CudaRuntime();
     CudaRuntime(const CudaRuntime&) = delete;
     CudaRuntime& operator=(const CudaRuntime&) = delete;
@@ -120,6 +120,7 @@ class CudaRuntime {
     int64_t window_bytes_, stage_bytes_;
     double timeout_;
     bool shares_gpu_, bulk_copies_;
+    int link_rate_;
     uint32_t stress_seed_;
     int32_t mutation_;
     int num_sms_ = 0;

@@ -87,14 +87,12 @@ class OwedFlags {
         __syncwarp();
     }
 
-    // All lanes, with the row's last bulk copy: each lane that `owes` adds a flag, at most kMaxRanks of them.
+    // All lanes, with the row's last bulk copies: each lane that `owes` adds a flag, at most kMaxRanks of them.
     __device__ void add(bool owes, uint64_t* flag, uint64_t tag) {
         const uint32_t owing = __ballot_sync(~0u, owes);
-        if (threadIdx.x % 32 == 0) {
-            while (num_added_ + kMaxRanks - load_acquire_cta(&ring_.num_raised) > FlagRing::kSlots) {
-            }
+        while (num_added_ + kMaxRanks - num_raised_ > FlagRing::kSlots) {
+            num_raised_ = load_acquire_cta(&ring_.num_raised);
         }
-        __syncwarp();
         if (owes) {
             const uint32_t at = num_added_ + __popc(owing & ((1u << threadIdx.x % 32) - 1));
             ring_.flags[at % FlagRing::kSlots] = flag;
@@ -110,22 +108,15 @@ class OwedFlags {
 #pragma unroll
         for (int i = 0; i + 1 < kLag; ++i) added_[i] = added_[i + 1];
         added_[kLag - 1] = num_added_;
-        __syncwarp();  // what other lanes wrote is released along with it
-        if (threadIdx.x % 32 == 0 && arrived != handed_over_) {
-            if (!breaks(call, Mutation::kFlagBeforeStoresAreDone)) wait_until_stores_are_done<kLag>();
-            store_release_cta(&ring_.num_ready, arrived);
-        }
-        handed_over_ = arrived;
+        if (arrived == handed_over_) return;
+        if (!breaks(call, Mutation::kFlagBeforeStoresAreDone)) wait_until_stores_are_done<kLag>();
+        hand_over(arrived);
     }
 
     // All lanes, at the end of a pass: all that this warp has sent has arrived.
     __device__ void hand_over_all() {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) {
-            wait_until_stores_are_done<0>();
-            store_release_cta(&ring_.num_ready, num_added_);
-        }
-        handed_over_ = num_added_;
+        wait_until_stores_are_done<0>();
+        hand_over(num_added_);
 #pragma unroll
         for (uint32_t& added : added_) added = num_added_;
     }
@@ -135,8 +126,14 @@ class OwedFlags {
     }
 
    private:
+    __device__ void hand_over(uint32_t arrived) {
+        __syncwarp();  // what other lanes know and wrote is released along with it
+        if (threadIdx.x % 32 == 0) store_release_cta(&ring_.num_ready, arrived);
+        handed_over_ = arrived;
+    }
+
     FlagRing& ring_;
-    uint32_t num_added_ = 0, handed_over_ = 0;
+    uint32_t num_added_ = 0, num_raised_ = 0, handed_over_ = 0;
     uint32_t added_[kLag] = {};  // num_added_ after each of the last groups, the earliest first
 };
 
@@ -153,7 +150,7 @@ __device__ inline void raise_flag(const Call& call, bool owes, uint64_t* flag, u
 // --- bulk copies ---------------------------------------------------------------------------------------------------
 
 // A sending warp's buffers in shared memory, filled by bulk copies and emptied in turn. When a piece is stored, the two
-// behind it are being loaded.
+// behind it are being loaded. All lanes call these.
 struct RowBuffers {
     static constexpr uint32_t kCount = kBuffersPerWarp;
     static constexpr uint32_t kAhead = 2;
@@ -162,20 +159,30 @@ struct RowBuffers {
     uint32_t buffer_bytes;
     uint32_t num_filled = 0, num_emptied = 0;
 
-    // Lane 0: loads a piece, and `scale_bytes` behind it, into the next buffer, when its last copies have read it:
-    // those after them are the last group.
+    // Loads a piece, and `scale_bytes` behind it, into the next buffer, when its last copies have read it: those after
+    // them are the last group.
     __device__ void fill(const Call& call, const void* from, uint32_t bytes, const void* scales, uint32_t scale_bytes,
-                         uint32_t scales_at) const {
+                         uint32_t scales_at) {
         if (!breaks(call, Mutation::kFillBeforeStoresAreRead)) wait_until_stores_are_read<kCount - kAhead - 1>();
-        uint64_t* const barrier = barriers + num_filled % kCount;
-        uint8_t* const buffer = buffers + num_filled % kCount * buffer_bytes;
-        expect_bytes(barrier, bytes + scale_bytes);
-        bulk_load(buffer, from, bytes, barrier);
-        if (scale_bytes > 0) bulk_load(buffer + scales_at, scales, scale_bytes, barrier);
+        __syncwarp();  // of all lanes
+        if (threadIdx.x % 32 == 0) {
+            uint64_t* const barrier = barriers + num_filled % kCount;
+            uint8_t* const buffer = buffers + num_filled % kCount * buffer_bytes;
+            expect_bytes(barrier, bytes + scale_bytes);
+            bulk_load(buffer, from, bytes, barrier);
+            if (scale_bytes > 0) bulk_load(buffer + scales_at, scales, scale_bytes, barrier);
+        }
+        num_filled += 1;
     }
-    // The buffer that was filled the longest ago, and a wait until that has ended.
-    __device__ const uint8_t* filled() const { return buffers + num_emptied % kCount * buffer_bytes; }
-    __device__ void wait_filled() const { wait_for_load(barriers + num_emptied % kCount, num_emptied / kCount & 1u); }
+
+    // The buffer that was filled the longest ago, when it is full. emptied() follows.
+    __device__ const uint8_t* filled() const {
+        wait_for_load(barriers + num_emptied % kCount, num_emptied / kCount & 1u);
+        return buffers + num_emptied % kCount * buffer_bytes;
+    }
+
+    // The copies out of that buffer have been started.
+    __device__ void emptied() { num_emptied += 1; }
 };
 
 // All lanes of a sending warp, once.
@@ -186,7 +193,7 @@ __device__ inline RowBuffers buffers_of_warp(const PipelineShape& shape) {
     buffers.buffers = shared_memory + kBarrierBytes + RowBuffers::kCount * warp * shape.buffer_bytes;
     buffers.barriers = reinterpret_cast<uint64_t*>(shared_memory) + RowBuffers::kCount * warp;
     buffers.buffer_bytes = shape.buffer_bytes;
-    if (threadIdx.x % 32 == 0) {  // which is the only one to wait for them
+    if (threadIdx.x % 32 == 0) {
         for (uint32_t i = 0; i < RowBuffers::kCount; ++i) init_load_barrier(buffers.barriers + i);
         publish_load_barriers();
     }
@@ -194,77 +201,96 @@ __device__ inline RowBuffers buffers_of_warp(const PipelineShape& shape) {
     return buffers;
 }
 
-// Moves the pieces that a `Source` names, by bulk copies. All lanes call these. A Source has
-//     Piece                          what to remember of a piece between loading and storing it
-//     bool next(Piece&)              the next piece of the pass; false: there is none
-//     void load(const Piece&, const RowBuffers&)            lane 0: fills a buffer
-//     void store(const Piece&, const uint8_t*, OwedFlags&)  all lanes: starts copies out of it, which lane 0 issues
+// A piece of a row that starts at `offset`.
+__device__ inline int piece_size(const PipelineShape& shape, int row_bytes, int offset) {
+    return min(shape.piece_bytes, row_bytes - offset);
+}
+
+// Keeps a sending warp to its share of what the links take, see pipeline.h. The same in all lanes.
+class Pacer {
+   public:
+    // A call with few rows is over before anything can pile up.
+    static constexpr int kMinRows = 4;  // of a warp
+
+    // A warp with a row more than another is as much faster: all end at the same time.
+    __device__ Pacer(const PipelineShape& shape, const Role& role, int num_rows) {
+        if (shape.pace == 0.0f || num_rows < kMinRows * role.count) return;
+        const int own_rows = (num_rows - role.index + role.count - 1) / role.count;
+        pace_ = shape.pace * num_rows / (own_rows * role.count);
+        begin_ = static_cast<uint32_t>(pace_ * shape.piece_bytes * role.index / role.count);
+    }
+
+    // Until it is time for the next piece.
+    __device__ void wait() {
+        if (pace_ == 0.0f) return;
+        if (next_ == 0) next_ = nanoseconds() + begin_;  // not all warps at once
+        while (nanoseconds() < next_) {
+        }
+    }
+
+    // So many bytes have been sent to peers. A warp that is late may catch up, but not by much.
+    __device__ void count(int bytes) {
+        if (pace_ == 0.0f) return;
+        constexpr int kMaxLate = 4;  // pieces
+        const uint64_t now = nanoseconds(), takes = static_cast<uint64_t>(bytes * pace_);
+        next_ = max(next_, now - kMaxLate * takes) + takes;
+    }
+
+   private:
+    float pace_ = 0.0f;   // nanoseconds for a byte
+    uint32_t begin_ = 0;  // nanoseconds
+    uint64_t next_ = 0;
+};
+
+// Moves what a `Source` names, piece by piece, by bulk copies. All lanes call these. A Source has
+//     bool load_next(RowBuffers&)                   fills a buffer with the next piece; false: there is none
+//     int store_next(const uint8_t*, OwedFlags&)    starts copies of the piece after the last one stored, and returns
+//                                                   how many bytes that sends to peers
+// Between the two lie up to three pieces; both go through the same ones.
 template <typename Source>
 class RowPump {
    public:
-    __device__ RowPump(RowBuffers buffers, FlagRing& ring) : buffers_(buffers), flags_(ring) {}
+    __device__ RowPump(RowBuffers buffers, FlagRing& ring, const Pacer& pacer)
+        : buffers_(buffers), flags_(ring), pacer_(pacer) {}
 
     // Starts loading the first pieces: that takes a while, and nothing need be known of the peers.
     __device__ void prefetch(Source& source) {
-        while (num_loaded() < RowBuffers::kAhead && load_next(source)) {
+        while (num_loaded() < RowBuffers::kAhead && source.load_next(buffers_)) {
         }
+    }
+
+    // Nobody wants what was prefetched.
+    __device__ void discard() {
+        for (; num_loaded() > 0; buffers_.emptied()) buffers_.filled();
     }
 
     // Moves the pieces of a pass, those that were prefetched first; returns when they have arrived.
     __device__ void move(const Call& call, Source& source) {
         bool more = true;
         for (;;) {
-            if (more) more = load_next(source);
+            if (more) more = source.load_next(buffers_);
             if (num_loaded() == 0) break;
-            if (!more || num_loaded() > RowBuffers::kAhead) store_first(call, source);
+            if (more && num_loaded() <= RowBuffers::kAhead) continue;
+            const uint8_t* const buffer = buffers_.filled();
+            pacer_.wait();
+            const int num_sent = source.store_next(buffer, flags_);
+            commit_stores();
+            pacer_.count(num_sent);
+            buffers_.emptied();
+            flags_.hand_over(call);
         }
         flags_.hand_over_all();
-    }
-
-    // Nobody wants what was prefetched.
-    __device__ void discard() {
-        for (; num_loaded() > 0; buffers_.num_emptied += 1) {
-            if (threadIdx.x % 32 == 0) buffers_.wait_filled();
-        }
-        __syncwarp();
     }
 
     // Nothing will be moved any more.
     __device__ void finish() { flags_.finish(); }
 
    private:
-    // Pieces whose load has begun, and that have not been stored.
     __device__ uint32_t num_loaded() const { return buffers_.num_filled - buffers_.num_emptied; }
-
-    __device__ bool load_next(Source& source) {
-        typename Source::Piece piece;
-        if (!source.next(piece)) return false;
-        if (threadIdx.x % 32 == 0) source.load(piece, buffers_);
-        if (num_loaded() == 0) {
-            first_ = piece;
-        } else if (num_loaded() == 1) {
-            second_ = piece;
-        } else {
-            third_ = piece;
-        }
-        buffers_.num_filled += 1;
-        return true;
-    }
-
-    __device__ void store_first(const Call& call, Source& source) {
-        if (threadIdx.x % 32 == 0) buffers_.wait_filled();
-        __syncwarp();
-        source.store(first_, buffers_.filled(), flags_);
-        if (threadIdx.x % 32 == 0) commit_stores();
-        buffers_.num_emptied += 1;
-        first_ = second_;
-        second_ = third_;
-        flags_.hand_over(call);
-    }
 
     RowBuffers buffers_;
     OwedFlags flags_;
-    typename Source::Piece first_, second_, third_;  // under way
+    Pacer pacer_;
 };
 
 // --- copies through registers --------------------------------------------------------------------------------------

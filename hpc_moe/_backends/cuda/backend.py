@@ -38,10 +38,21 @@ from .pool import Pool, WindowMemory
 from .reports import to_error
 from .streams import Lane
 
+# GB/s that leave a GPU through its links; 0: send without caring. Unset: what GPUs of this kind have.
+LINK_RATE_VARIABLE = "HPC_MOE_NVLINK_GB_PER_S"
 # Test-only: the kernels that GPUs without bulk copies (before sm_90) run.
 NO_BULK_VARIABLE = "HPC_MOE_TEST_NO_BULK_COPIES"
 # Stress builds only: a seed for random delays, and a rule of the protocol to break.
 _SEED_VARIABLE, _MUTATION_VARIABLE = "HPC_MOE_TEST_STRESS_SEED", "HPC_MOE_TEST_MUTATION"
+
+
+def _link_rate() -> int:
+    wish = os.environ.get(LINK_RATE_VARIABLE, "")
+    if not wish:
+        return -1
+    if not (wish.isdecimal() and int(wish) <= 1_000_000):
+        raise ArgumentError(f"{LINK_RATE_VARIABLE} must be a whole number of GB/s, 0 for no limit; got {wish!r}")
+    return int(wish)
 
 
 @dataclass
@@ -121,6 +132,7 @@ class CudaBackend(Backend):
                 self.timeout,
                 shares_gpus(),
                 os.environ.get(NO_BULK_VARIABLE) != "1",
+                _link_rate(),
                 int(os.environ.get(_SEED_VARIABLE, "0")) * (self.rank + 1),
                 int(os.environ.get(_MUTATION_VARIABLE, "0")),
             )
