@@ -19,9 +19,10 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 os.environ["NCCL_NVLS_ENABLE"] = "0"  # read when NCCL starts
@@ -94,7 +95,8 @@ def combine(
     inputs: Inputs,
     num_sms: int = MAIN_SMS,
     name: str = "combine bf16",
-    **arguments: Any,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
+    **facts: Any,
 ) -> dict[str, Any]:
     """Combine; `arguments` are more of its own."""
     handle = route(buffer, inputs.bf16[0], inputs)
@@ -103,14 +105,14 @@ def combine(
     def call(iteration: int) -> Any:
         return buffer.combine(rows[iteration % len(rows)], handle, config=config(num_sms), **arguments)
 
-    return bench.time_library(name, buffer, call, inputs, operation="combine", num_sms=num_sms)
+    return bench.time_library(name, buffer, call, inputs, operation="combine", num_sms=num_sms, **facts)
 
 
-def three_figures(bench: Bench, buffer: hpc_moe.Buffer, inputs: Inputs, num_sms: int = MAIN_SMS) -> None:
+def three_figures(bench: Bench, buffer: hpc_moe.Buffer, inputs: Inputs, num_sms: int = MAIN_SMS, **facts: Any) -> None:
     """The three figures that the library is judged by."""
-    cached_dispatch(bench, buffer, inputs, fp8=False, num_sms=num_sms)
-    cached_dispatch(bench, buffer, inputs, fp8=True, num_sms=num_sms)
-    combine(bench, buffer, inputs, num_sms)
+    cached_dispatch(bench, buffer, inputs, fp8=False, num_sms=num_sms, **facts)
+    cached_dispatch(bench, buffer, inputs, fp8=True, num_sms=num_sms, **facts)
+    combine(bench, buffer, inputs, num_sms, **facts)
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -138,6 +140,19 @@ def sms(bench: Bench) -> None:
     with bench.buffer() as buffer:
         for num_sms in (8, 12, 16, 20, 24, 32, 64):
             three_figures(bench, buffer, bench.main, num_sms)
+
+
+def rate(bench: Bench) -> None:
+    """Over the rate to which sending is held, in GB/s; 0: to none."""
+    variable = "HPC_MOE_NVLINK_GB_PER_S"  # read when a buffer is made
+    before = os.environ.pop(variable, None)
+    for gb_per_s in (0, 330, 345, 355, 362, 370, 385):
+        os.environ[variable] = str(gb_per_s)
+        with bench.buffer() as buffer:
+            three_figures(bench, buffer, bench.main, rate=gb_per_s)
+    del os.environ[variable]
+    if before is not None:
+        os.environ[variable] = before
 
 
 def tokens(bench: Bench) -> None:
@@ -245,17 +260,20 @@ def extras(bench: Bench) -> None:
     inputs = bench.main
     biases = torch.randn(2, inputs.shape.tokens, inputs.shape.hidden, dtype=torch.bfloat16, device=bench.device)
     with bench.buffer() as buffer:
-        combine(bench, buffer, inputs, name="combine bf16, 2 biases", bias=(biases[0], biases[1]))
+        combine(bench, buffer, inputs, name="combine bf16, 2 biases", arguments={"bias": (biases[0], biases[1])})
         weights = torch.rand(inputs.num_recv, inputs.shape.top_k, device=bench.device)
-        combine(bench, buffer, inputs, name="combine bf16, topk_weights", topk_weights=weights)
+        combine(bench, buffer, inputs, name="combine bf16, topk_weights", arguments={"topk_weights": weights})
 
 
 def overlap(bench: Bench) -> None:
-    """A matrix product on the current stream while a call with `async_finish` runs: each alone, and both."""
+    """Matrix products on the current stream while a call with `async_finish` runs: each alone, and both.
+
+    Each product has fewer tiles than there are SMs left: a kernel that wants all of them is as slow as its last tile.
+    """
     inputs = bench.main
-    a = torch.randn(4096, 7168, dtype=torch.bfloat16, device=bench.device)
+    a = torch.randn(768, 7168, dtype=torch.bfloat16, device=bench.device)
     b = torch.randn(7168, 2048, dtype=torch.bfloat16, device=bench.device)
-    products = torch.empty(4096, 2048, dtype=torch.bfloat16, device=bench.device)
+    products = torch.empty(768, 2048, dtype=torch.bfloat16, device=bench.device)
     with bench.buffer() as buffer:
         tokens = inputs.bf16
         handle = route(buffer, tokens[0], inputs)
@@ -271,7 +289,7 @@ def overlap(bench: Bench) -> None:
 
         for name, call in (("dispatch bf16, cached", dispatch), ("combine bf16", combine)):
             together = functools.partial(overlapped, bench, call, a, b, products)
-            bench.measure(f"{name}, with a matrix product", together)
+            bench.measure(f"{name}, with matrix products", together)
 
 
 def overlapped(
@@ -360,6 +378,7 @@ def time_nccl(bench: Bench, all_to_all: Callable[..., Any], inputs: Inputs, fp8:
 PARTS = {
     "main": main_figures,
     "sms": sms,
+    "rate": rate,
     "tokens": tokens,
     "hidden": hidden,
     "skewed": skewed,
@@ -555,6 +574,7 @@ def notes(record: dict[str, Any]) -> list[str]:
         said += [f"{key} {record[key]:.1f}"] if key in record else []
     said += [f"{record['hidden_share']:.0%} of the shorter hidden"] if "hidden_share" in record else []
     said += [f"pool {record['pool']}"] if "pool" in record else []
+    said += [f"sent at {record['rate'] or 'any'} GB/s"] if "rate" in record else []
     if record.get("routing", "balanced") != "balanced" and "share_of_busiest_gpu" in record:
         said.append(f"of the busiest GPU {record['share_of_busiest_gpu']:.1%}")
     waits = "uncached" in record["name"] or not record.get("launch_ahead", True)

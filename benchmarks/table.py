@@ -125,7 +125,8 @@ def gpu_table(results: list[dict[str, Any]]) -> None:
         record = find(result, "dispatch bf16, cached", MAIN_SMS)
         if record:
             size = mebibytes(record["num_nvl_bytes"])
-            buffers.append(f"{size} on {result['ranks']} ({record['passes']:.3g} passes a dispatch)")
+            passes = "1 pass" if record["passes"] == 1 else f"{record['passes']:.3g} passes"
+            buffers.append(f"{size} on {result['ranks']} ({passes} a dispatch)")
     gpus = " and ".join(sorted({result["machine"]["gpu"] for result in results}))
     print(
         f"Stream time on {gpus} (driver {machine['driver']}, CUDA {machine['cuda']}, torch {machine['torch']}, "
