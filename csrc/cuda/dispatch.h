@@ -11,7 +11,7 @@ struct DispatchSlot {
     int32_t scales, topk_index, topk_weights, source_index, positions;
 };
 
-constexpr int kDispatchBytesInFlight = 1400 * 1000;  // see shape_pipeline
+constexpr int kDispatchBytesInFlight = 1370 * 1000;  // see shape_pipeline
 // Where nothing has to be drained, so many warps of all blocks copy this rank's own rows: with more, those get in the
 // way of the others'.
 constexpr int kDispatchOwnRowWarps = 150;

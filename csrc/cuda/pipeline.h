@@ -35,7 +35,7 @@ struct PipelineShape {
 };
 
 // `link_rate`: bytes per nanosecond (GB/s) that leave this GPU at most; 0: do not care. So many sending warps that,
-// over all blocks, `bytes_in_flight` can be under way: one warp does not reach more than about 8 GB/s.
+// over all blocks, at least `bytes_in_flight` can be under way: one warp does not reach more than about 8 GB/s.
 inline PipelineShape shape_pipeline(int row_bytes, int scale_bytes, int num_blocks, int bytes_in_flight, int link_rate,
                                     bool bulk_copies) {
     if (!bulk_copies) return {kWarpsPerBlock / 2, kWarpsPerBlock / 2, row_bytes, 0, 0, 0.0f};
@@ -48,7 +48,7 @@ inline PipelineShape shape_pipeline(int row_bytes, int scale_bytes, int num_bloc
     const int fits = (kMaxSharedBytes - kBarrierBytes) / (kBuffersPerWarp * shape.buffer_bytes);
     const int most = fits < kMaxSendWarps ? fits : kMaxSendWarps;
     const int of_a_warp = num_blocks * kBuffersPerWarp / 2 * shape.piece_bytes;
-    const int wanted = (bytes_in_flight + of_a_warp / 2) / of_a_warp;
+    const int wanted = (bytes_in_flight + of_a_warp - 1) / of_a_warp;
     shape.num_send_warps = wanted < 1 ? 1 : wanted > most ? most : wanted;
     shape.num_drain_warps = kLastWarp - shape.num_send_warps;
     shape.pace = link_rate > 0 ? static_cast<float>(num_blocks * shape.num_send_warps) / link_rate : 0.0f;
