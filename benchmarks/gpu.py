@@ -24,6 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from unittest import mock
 
 os.environ["NCCL_NVLS_ENABLE"] = "0"  # read when NCCL starts
 
@@ -144,15 +145,10 @@ def sms(bench: Bench) -> None:
 
 def rate(bench: Bench) -> None:
     """Over the rate to which sending is held, in GB/s; 0: to none."""
-    variable = "HPC_MOE_NVLINK_GB_PER_S"  # read when a buffer is made
-    before = os.environ.pop(variable, None)
     for gb_per_s in (0, 330, 345, 355, 362, 370, 385):
-        os.environ[variable] = str(gb_per_s)
-        with bench.buffer() as buffer:
+        variables = {"HPC_MOE_NVLINK_GB_PER_S": str(gb_per_s)}  # read when a buffer is made
+        with mock.patch.dict(os.environ, variables), bench.buffer() as buffer:
             three_figures(bench, buffer, bench.main, rate=gb_per_s)
-    del os.environ[variable]
-    if before is not None:
-        os.environ[variable] = before
 
 
 def tokens(bench: Bench) -> None:
