@@ -145,7 +145,7 @@ def sms(bench: Bench) -> None:
 
 def rate(bench: Bench) -> None:
     """Over the rate to which sending is held, in GB/s; 0: to none."""
-    for gb_per_s in (0, 330, 345, 355, 362, 370, 385):
+    for gb_per_s in (0, 330, 345, 355, 365, 375, 385):
         variables = {"HPC_MOE_NVLINK_GB_PER_S": str(gb_per_s)}  # read when a buffer is made
         with mock.patch.dict(os.environ, variables), bench.buffer() as buffer:
             three_figures(bench, buffer, bench.main, rate=gb_per_s)

@@ -18,6 +18,7 @@ import re
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -60,6 +61,15 @@ def make_buffer(comm: MPI.Intracomm, num_nvl_bytes: int = WINDOW_BYTES, **argume
 def sleep() -> None:
     """Keep the current stream busy for some 20 ms."""
     torch.cuda._sleep(40_000_000)  # clock cycles
+
+
+@contextmanager
+def capturing(**options: Any) -> Iterator[torch.cuda.CUDAGraph]:
+    """Captures a graph. If Python's collector found the graph of an earlier test meanwhile, that would fail."""
+    gc.collect()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, **options):
+        yield graph
 
 
 class Exchange:
@@ -139,9 +149,8 @@ def test_cached_calls_in_a_graph(comm: MPI.Intracomm, num_calls: int) -> None:
         handle = exchange.dispatch(buffer)[4]
         x = [exchange.x(0) for _ in range(num_calls)]
         before = pooled(buffer)
-        graph = torch.cuda.CUDAGraph()
         results = []
-        with torch.cuda.graph(graph):
+        with capturing() as graph:
             for one in x:
                 recv_x = buffer.dispatch(one, handle=handle)[0]
                 results.append((recv_x, buffer.combine(recv_x, handle)[0]))
@@ -166,8 +175,7 @@ def test_replays_without_a_pause(comm: MPI.Intracomm) -> None:
     with make_buffer(comm) as buffer:
         handle = exchange.dispatch(buffer)[4]
         x = exchange.x(5)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with capturing() as graph:
             recv_x = buffer.dispatch(x, handle=handle)[0]
             combined = buffer.combine(recv_x, handle)[0]
         for replay in range(20 if IS_SHARING else 300):
@@ -186,10 +194,9 @@ def test_graphs_that_share_memory(comm: MPI.Intracomm) -> None:
     with make_buffer(comm) as buffer:
         handle = exchange.dispatch(buffer)[4]
         x = exchange.x(0)
-        first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(first):
+        with capturing() as first:
             once = buffer.dispatch(x, handle=handle)[0]
-        with torch.cuda.graph(second, pool=first.pool()):
+        with capturing(pool=first.pool()) as second:
             twice = buffer.dispatch(x, handle=handle)[0]
             combined = buffer.combine(twice, handle)[0]
             combined = buffer.combine(twice, handle)[0]
@@ -210,8 +217,7 @@ class CapturedDispatch:
         self.num_rows = sum(exchange.num_tokens)  # as many as can come
         self.x, self.topk_idx = exchange.x(0), exchange.topk_idx.clone()
         self.topk_weights = exchange.topk_weights.clone()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with capturing() as self.graph:
             self.recv_x, self.recv_idx, self.recv_weights, self.counts, self.handle, _ = buffer.dispatch(
                 self.x,
                 topk_idx=self.topk_idx,
@@ -280,7 +286,7 @@ def test_an_uncached_dispatch_cannot_be_captured(comm: MPI.Intracomm) -> None:
     with make_buffer(comm) as buffer:
         x = exchange.x(0)
         torch.cuda.synchronize()
-        with pytest.raises(ArgumentError, match="num_worst_tokens"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        with pytest.raises(ArgumentError, match="num_worst_tokens"), capturing():
             buffer.dispatch(x, topk_idx=exchange.topk_idx, num_experts=exchange.num_experts)
         exchange.check_works(buffer)
 
@@ -849,6 +855,22 @@ def test_every_rate_gives_the_same_rows(comm: MPI.Intracomm, rate: str) -> None:
     with together(comm) as verdict:
         for name, tensor in output.items():
             verdict.same(name, tensor, expected[name])
+
+
+@pytest.mark.parametrize("payload", ["bf16", "fp8"])
+@pytest.mark.parametrize("num_nvl_bytes", [1 << 22, 1 << 25])
+def test_large_rows_at_a_low_rate(comm: MPI.Intracomm, payload: str, num_nvl_bytes: int) -> None:
+    """Pieces, scales and (in the small window) passes that are held back."""
+    case = plain_case(comm, num_tokens=(300,) * comm.Get_size(), hidden=7168, payload=payload)
+    before = Buffer.num_sms
+    with together(comm, str(case)) as verdict, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HPC_MOE_NVLINK_GB_PER_S", "20")
+        try:
+            Buffer.set_num_sms(3)
+            with make_buffer(comm, num_nvl_bytes) as buffer:
+                check_all_calls(verdict, buffer, case)
+        finally:
+            Buffer.set_num_sms(before)
 
 
 def test_a_bad_rate(comm: MPI.Intracomm) -> None:

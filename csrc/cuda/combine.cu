@@ -71,9 +71,11 @@ __device__ void send_weights(const CombineParams& p, const Outgoing& out, int sl
     reinterpret_cast<float*>(slot_at(p, out.rank, p.call.rank, slot) + p.slot_weights)[lane] = weight;
 }
 
-// An item is the how-manieth row of which of the other ranks, as seen from this one.
+// An item is the how-manieth row of which of the other ranks, as seen from this one. Items are numbered rank by rank
+// within a turn, and dealt to the sending warps in rounds, each round one further: so every warp serves all ranks.
 struct Item {
     int turn, other;
+    int place;  // of the warp, in this round
 };
 
 // A sending warp's items, one after the other. The same in all lanes.
@@ -96,13 +98,13 @@ class Rows {
             flags_ = flag_of(p, lane, 0);
         }
         num_turns_ = __reduce_max_sync(~0u, lane == p.call.rank ? 0 : end_ - first_);
-        start_ = {role_.index / others_, role_.index % others_};
-        step_ = {role_.count / others_, role_.count % others_};
+        start_ = {role_.index / others_, role_.index % others_, role_.index};
+        step_ = {(role_.count + 1) / others_, (role_.count + 1) % others_, 1};
         go_to_first(loads_);
         go_to_first(stores_);
     }
 
-    __device__ Pacer pacer() const { return Pacer(p_.pipeline, role_, num_turns_ * others_); }
+    __device__ Pacer pacer() const { return Pacer(p_.pipeline, role_, num_turns_ * others_, 1.0f); }
 
     // Of the one and only pass, what was loaded before it began is what it needs.
     __device__ void begin_pass(uint64_t epoch, int pass) {
@@ -117,7 +119,7 @@ class Rows {
     __device__ bool load_next(RowBuffers& buffers) {
         if (loads_.offset == 0 && !find(loads_)) return false;
         const int size = piece_size(p_.pipeline, p_.row_bytes, loads_.offset);
-        buffers.fill(p_.call, p_.x + loads_.row.row * p_.x_stride + loads_.offset, size, nullptr, 0, 0);
+        buffers.fill(p_.x + loads_.row.row * p_.x_stride + loads_.offset, size, nullptr, 0, 0);
         end_piece(loads_);
         return true;
     }
@@ -127,12 +129,12 @@ class Rows {
             find(stores_);
             slot_ = slot_of(p_, stores_.row.token, pass_);
             to_ = region_ + slot_ * p_.stage.slot_bytes;
-            if (p_.topk_weights != nullptr) send_weights(p_, stores_.row, slot_);
+            if (slot_ >= 0) send_weights(p_, stores_.row, slot_);
         }
-        const bool sends = threadIdx.x % 32 == stores_.row.rank;
+        const bool sends = threadIdx.x % 32 == stores_.row.rank && slot_ >= 0;
         const int offset = stores_.offset, size = piece_size(p_.pipeline, p_.row_bytes, offset);
+        if (offset + size == p_.row_bytes) flags.add(p_.call, sends, flags_ + slot_, tag_);
         if (sends) bulk_store(to_ + offset, buffer, size);
-        if (offset + size == p_.row_bytes) flags.add(sends, flags_ + slot_, tag_);
         end_piece(stores_);
         return size;
     }
@@ -157,8 +159,9 @@ class Rows {
     }
 
     __device__ Item after(const Item& item) const {
-        Item next = {item.turn + step_.turn, item.other + step_.other};
-        if (next.other >= others_) next = {next.turn + 1, next.other - others_};
+        Item next = {item.turn + step_.turn, item.other + step_.other, item.place + 1};
+        if (next.place == role_.count) next = {item.turn, item.other + 1, 0};
+        if (next.other >= others_) next = {next.turn + 1, next.other - others_, next.place};
         return next;
     }
 
@@ -216,9 +219,12 @@ __device__ void write_row(const CombineParams& p, const Outgoing& out, uint8_t* 
         copy_row<1>(p.x + out.row * p.x_stride, to, 0, p.row_bytes);
         return;
     }
-    for (int at = 16 * (threadIdx.x % 32); at < p.row_bytes; at += kChunkBytes) {
+    const Copies copies = copies_of(p, out.row);
+    for (int begin = 0; begin < p.row_bytes; begin += kChunkBytes) {
+        const int at = begin + 16 * (threadIdx.x % 32);
         float sum[8];
-        sum_copies(p, out.row, at, sum);
+        sum_copies(p, copies, at < p.row_bytes, at, sum);
+        if (at >= p.row_bytes) continue;
         store_16(slot + 2 * at, float_bits_of(sum));
         store_16(slot + 2 * at + 16, float_bits_of(sum + 4));
     }
@@ -265,7 +271,7 @@ __device__ void move_rows(const CombineParams& p, Plan& plan, FlagRings& rings, 
     const bool sends = is_sender(p.pipeline) && p.call.num_ranks > 1;
     if (sends && kBulkCopies) {
         Rows rows(p, plan);
-        RowPump<Rows> pump(buffers_of_warp(p.pipeline), rings.of[threadIdx.x / 32], rows.pacer());
+        RowPump<Rows> pump(buffers_of_warp(p.pipeline), rings.of[threadIdx.x / 32]);
         pump.prefetch(rows);
         block_barrier();
         if (plan.go) {

@@ -44,13 +44,47 @@ __device__ void add_bf16(float (&sum)[8], const uint4& row) {
     }
 }
 
-// The float32 sum of a received token's copies, 8 channels from `channel_bytes` (of bf16) on.
-__device__ void sum_copies(const CombineParams& p, int64_t received, int channel_bytes, float (&sum)[8]) {
+// A received token's copies in the grouped layout. The same in all lanes, but for `row`.
+struct Copies {
+    static constexpr int kAtOnce = 8;
+    const uint8_t* at_once[kAtOnce];  // the first ones: all are loaded before they are added
+    int num_at_once;
+    uint32_t others;  // bit k: the copy of column k, too
+    int64_t row;      // lane k: of x, -1: none
+};
+
+// All lanes.
+__device__ Copies copies_of(const CombineParams& p, int64_t received) {
+    const int lane = threadIdx.x % 32;
+    Copies copies;
+    copies.row = lane < p.top_k ? p.grouped_rows[received * p.top_k + lane] : -1;
+    copies.others = __ballot_sync(~0u, copies.row >= 0);
+    copies.num_at_once = min(__popc(copies.others), Copies::kAtOnce);
+#pragma unroll
+    for (int i = 0; i < Copies::kAtOnce; ++i) {
+        const int64_t row = __shfl_sync(~0u, copies.row, max(__ffs(copies.others) - 1, 0));
+        copies.at_once[i] = p.x + row * p.x_stride;
+        copies.others &= copies.others - 1;
+    }
+    return copies;
+}
+
+// All lanes: their float32 sum, in the order of columns, of each lane's 8 channels from `channel_bytes` (of bf16) on;
+// zero where these are not `wanted`.
+__device__ void sum_copies(const CombineParams& p, const Copies& copies, bool wanted, int channel_bytes,
+                           float (&sum)[8]) {
+    uint4 values[Copies::kAtOnce] = {};
+#pragma unroll
+    for (int i = 0; i < Copies::kAtOnce; ++i) {
+        load_16_if(wanted && i < copies.num_at_once, copies.at_once[i] + channel_bytes, values[i]);
+    }
 #pragma unroll
     for (float& value : sum) value = 0.0f;
-    for (int k = 0; k < p.top_k; ++k) {
-        const int64_t row = p.grouped_rows[received * p.top_k + k];
-        if (row >= 0) add_bf16(sum, load_16(p.x + row * p.x_stride + channel_bytes));
+#pragma unroll
+    for (int i = 0; i < Copies::kAtOnce; ++i) add_bf16(sum, values[i]);
+    for (uint32_t left = copies.others; left != 0; left &= left - 1) {
+        const int64_t row = __shfl_sync(~0u, copies.row, __ffs(left) - 1);
+        if (wanted) add_bf16(sum, load_16(p.x + row * p.x_stride + channel_bytes));
     }
 }
 
@@ -256,14 +290,18 @@ __device__ void sum_rows(const CombineParams& p, const Contributions& from, int 
 // spill.)
 __device__ __noinline__ void sum_grouped_token(const CombineParams& p, const Contributions& from) {
     const int64_t token_begin = static_cast<int64_t>(from.token) * p.row_bytes;
-    for (int at = from.begin + 16 * (threadIdx.x % 32); at < from.end; at += kChunkBytes) {
+    Copies own = {};
+    if (from.received >= 0) own = copies_of(p, from.received);
+    for (int begin = from.begin; begin < from.end; begin += kChunkBytes) {
+        const int at = begin + 16 * (threadIdx.x % 32);
+        const bool wanted = at < from.end;
         float sum[8] = {};
         for (uint32_t left = from.ranks; left != 0; left &= left - 1) {
             const int rank = __ffs(left) - 1;
-            float part[8];
+            float part[8] = {};
             if (rank == p.call.rank) {
-                sum_copies(p, from.received, at, part);
-            } else {
+                sum_copies(p, own, wanted, at, part);
+            } else if (wanted) {
                 const uint8_t* row = slot_at(p, p.call.rank, rank, from.slot) + 2 * at;
                 const uint4 low = load_16(row), high = load_16(row + 16);
                 const uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
@@ -273,6 +311,7 @@ __device__ __noinline__ void sum_grouped_token(const CombineParams& p, const Con
 #pragma unroll
             for (int c = 0; c < 8; ++c) sum[c] += part[c];
         }
+        if (!wanted) continue;
         for (int b = 0; b < num_biases(p); ++b) add_bf16(sum, load_16(p.biases[b] + token_begin + at));
         store_16(p.combined + token_begin + at, to_bf16(sum));
     }

@@ -8,11 +8,11 @@
 //    copies through shared memory; all lanes write the rest. Where a row goes follows from counts and positions that
 //    both sides know: nothing is asked. This rank's own rows take the same way, straight to its results; where nothing
 //    is staged, the warps that would drain copy them.
-// 3. *Staged rows.* When every lane of a sending warp knows that its bulk copies are done (not: read), the warp meets,
-//    and lane 0 releases their flags (.cta) to the block's flagging warp, which acquires them, and releases them
-//    (fence, then stores) in the peers' windows (Control::row_flags, epoch and pass). The receiver's draining warps
-//    acquire them there, and copy (dispatch_drain.cuh). Where rows pass through registers, the sending warp releases
-//    their flags itself.
+// 3. *Staged rows.* When every lane of a sending warp knows that its bulk copies are done (not: read), the warp
+//    meets, and the lanes that send release their flags to the block's flagging warp, which acquires them, and
+//    releases them (fence, then stores) in the peers' windows (Control::row_flags, epoch and pass). The receiver's
+//    draining warps acquire them there, and copy (dispatch_drain.cuh). Where rows pass through registers, the
+//    sending warp releases their flags itself.
 // 4. *Passes.* A region has few slots: rows beyond them wait for the next pass. The last draining warp of a pass
 //    counts up (acq_rel) to what was expected, and releases Control::drained at all peers, which they acquire before
 //    they write the next pass. Across calls, entering is that permission.
@@ -176,7 +176,12 @@ class Tokens {
         go_to_first(stores_);
     }
 
-    __device__ Pacer pacer() const { return Pacer(p_.pipeline, role_, p_.num_tokens); }
+    __device__ Pacer pacer() const {
+        const int ranks = p_.call.num_ranks;
+        const int sent = lane_ < ranks && lane_ != p_.call.rank ? rows_between(p_, p_.call.rank, lane_) : 0;
+        const float peers_per_row = static_cast<float>(__reduce_add_sync(~0u, sent)) / max(p_.num_tokens, 1);
+        return Pacer(p_.pipeline, role_, p_.num_tokens, peers_per_row);
+    }
 
     // Of the one and only pass, what was loaded before it began is what it needs.
     __device__ void begin_pass(uint64_t epoch, int pass) {
@@ -196,9 +201,9 @@ class Tokens {
     __device__ bool load_next(RowBuffers& buffers) {
         if (loads_.offset == 0 && !find(loads_)) return false;
         const int64_t token = loads_.token;
-        buffers.fill(p_.call, p_.x + token * p_.x_stride + loads_.offset,
-                     piece_size(p_.pipeline, p_.row_bytes, loads_.offset), p_.scales + token * p_.scale_token_stride,
-                     loads_.offset == 0 ? p_.pipeline.scale_bytes : 0, p_.pipeline.piece_bytes);
+        buffers.fill(p_.x + token * p_.x_stride + loads_.offset, piece_size(p_.pipeline, p_.row_bytes, loads_.offset),
+                     p_.scales + token * p_.scale_token_stride, loads_.offset == 0 ? p_.pipeline.scale_bytes : 0,
+                     p_.pipeline.piece_bytes);
         end_piece(loads_);
         return true;
     }
@@ -206,15 +211,15 @@ class Tokens {
     __device__ int store_next(const uint8_t* buffer, OwedFlags& flags) {
         const int offset = stores_.offset, size = piece_size(p_.pipeline, p_.row_bytes, offset);
         if (offset == 0) begin_row();
+        if (plan_.any_staged && offset + size == p_.row_bytes) {
+            const bool owes = owes_flag(plan_, row_);
+            flags.add(p_.call, owes, owes ? flag_of(p_, row_) : nullptr, tag_);
+        }
         if (to_ != nullptr) bulk_store(to_ + offset, buffer, size);
         if (p_.grouped) store_own_grouped(buffer, size);
         if (offset == 0) store_details(buffer);
-        if (plan_.any_staged && offset + size == p_.row_bytes) {
-            const bool owes = owes_flag(plan_, row_);
-            flags.add(owes, owes ? flag_of(p_, row_) : nullptr, tag_);
-        }
         end_piece(stores_);
-        return size * num_peers_;
+        return offset == 0 ? size + p_.pipeline.scale_bytes : size;
     }
 
    private:
@@ -250,7 +255,6 @@ class Tokens {
         find(stores_);
         row_ = rows_.row_of(stores_.position);
         to_ = row_ >= 0 && base_ != nullptr ? base_ + row_ * stride_ : nullptr;
-        num_peers_ = __popc(__ballot_sync(~0u, row_ >= 0 && lane_ != p_.call.rank));
     }
 
     // What goes along with the row's first piece.
@@ -282,7 +286,6 @@ class Tokens {
     int64_t stride_ = 0;
     uint64_t tag_ = 0;
     // Of the row that is being stored:
-    int num_peers_ = 0;      // that it goes to
     int row_ = -1;           // lane r: at rank r; -1: it does not go there
     uint8_t* to_ = nullptr;  // lane r: where it begins there; null: it does not go there, or not this way
 };
@@ -421,7 +424,7 @@ __device__ void move_rows(const DispatchParams& p, Plan& plan, FlagRings& rings,
     if constexpr (kBulkCopies) {
         if (sends) {
             Tokens tokens(p, plan);
-            RowPump<Tokens> pump(buffers_of_warp(p.pipeline), rings.of[threadIdx.x / 32], tokens.pacer());
+            RowPump<Tokens> pump(buffers_of_warp(p.pipeline), rings.of[threadIdx.x / 32]);
             pump.prefetch(tokens);
             block_barrier();
             if (plan.go) {

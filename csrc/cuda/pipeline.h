@@ -22,7 +22,7 @@ constexpr int kMaxSharedBytes = 208 * 1024;  // of the 227 KiB of sm_90; the res
 
 // Bytes per nanosecond that all links of a GPU together take: what rows pushed to a peer reach on an H200 (18 links of
 // NVLink 4) before they pile up, a little less. NVLink 5 is twice as fast; not measured.
-constexpr int kNvlink4Rate = 362;
+constexpr int kNvlink4Rate = 365;
 constexpr int kNvlink5Rate = 2 * kNvlink4Rate;
 
 struct PipelineShape {
@@ -31,7 +31,7 @@ struct PipelineShape {
     int32_t piece_bytes;      // that a sending warp moves at a time; a row's last piece may be shorter
     int32_t scale_bytes;      // that travel with the first piece, by bulk copies of their own
     int32_t buffer_bytes;     // for a piece and scales
-    float pace;               // nanoseconds that a sending warp has for a byte to a peer; 0: it takes none
+    float pace;               // nanoseconds for a byte that leaves this GPU; 0: any
 };
 
 // `link_rate`: bytes per nanosecond (GB/s) that leave this GPU at most; 0: do not care. So many sending warps that,
@@ -51,7 +51,7 @@ inline PipelineShape shape_pipeline(int row_bytes, int scale_bytes, int num_bloc
     const int wanted = (bytes_in_flight + of_a_warp - 1) / of_a_warp;
     shape.num_send_warps = wanted < 1 ? 1 : wanted > most ? most : wanted;
     shape.num_drain_warps = kLastWarp - shape.num_send_warps;
-    shape.pace = link_rate > 0 ? static_cast<float>(num_blocks * shape.num_send_warps) / link_rate : 0.0f;
+    shape.pace = link_rate > 0 ? 1.0f / link_rate : 0.0f;
     return shape;
 }
 

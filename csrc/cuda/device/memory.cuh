@@ -55,22 +55,6 @@ __device__ inline uint64_t add_acq_rel_gpu(uint64_t* word, uint64_t value) {
     return old;
 }
 
-// The same between the warps of a block, for words in shared memory.
-__device__ inline uint32_t load_acquire_cta(const uint32_t* shared) {
-    uint32_t value;
-    asm volatile("ld.acquire.cta.shared.b32 %0, [%1];"
-                 : "=r"(value)
-                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared)))
-                 : "memory");
-    return value;
-}
-
-__device__ inline void store_release_cta(uint32_t* shared, uint32_t value) {
-    asm volatile("st.release.cta.shared.b32 [%0], %1;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-                 "r"(value)
-                 : "memory");
-}
-
 // A barrier of all warps of the block, which may come to it in different places (to __syncthreads they may not).
 __device__ inline void block_barrier() { asm volatile("barrier.sync 0;" ::: "memory"); }
 
@@ -109,24 +93,49 @@ __device__ inline void store_16(void* to, const uint4& value) {
                  : "memory");
 }
 
-// --- bulk copies: issued by one thread, moved by the copy engine of the SM; addresses and sizes are multiples of 16
+// --- barriers in shared memory (mbarrier): a phase ends with the last arrival, and the next one begins. Without bulk
+// copies, nothing needs them.
 
 __device__ inline uint32_t shared_address(const void* memory) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(memory));
 }
 
-__device__ inline void init_load_barrier(uint64_t* barrier) {
+__device__ inline void init_barrier(uint64_t* barrier, uint32_t num_arrivals = 1) {
 #if HPC_MOE_HAS_BULK_COPIES
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(num_arrivals)
+                 : "memory");
 #endif
 }
 
-// After init_load_barrier, before a barrier of the threads that use it.
-__device__ inline void publish_load_barriers() {
+// After init_barrier, before a barrier of the threads that use it: bulk copies may arrive at it.
+__device__ inline void publish_barriers() {
 #if HPC_MOE_HAS_BULK_COPIES
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
+
+// Releases to the block what this thread did before, and knows of others.
+__device__ inline void arrive(uint64_t* barrier) {
+#if HPC_MOE_HAS_BULK_COPIES
+    asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+#endif
+}
+
+// Whether the phase of this parity has ended; acquires what its arrivals released.
+__device__ inline bool phase_is_complete(const uint64_t* barrier, uint32_t parity) {
+    uint32_t complete = 1;
+#if HPC_MOE_HAS_BULK_COPIES
+    asm volatile(
+        "{\n .reg .pred p;\n mbarrier.test_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n"
+        " selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(complete)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+#endif
+    return complete != 0;
+}
+
+// --- bulk copies: issued by one thread, moved by the copy engine of the SM; addresses and sizes are multiples of 16
 
 // One thread: the phase that now begins is complete when so many bytes have been loaded.
 __device__ inline void expect_bytes(uint64_t* barrier, uint32_t bytes) {

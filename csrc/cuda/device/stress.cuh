@@ -10,7 +10,7 @@ namespace hpc_moe::cuda {
 // Rules that a stress build can break: the test that lists them expects each to be noticed.
 enum class Mutation : int32_t {
     kNone,
-    kFlagBeforeStoresAreDone,  // row flags follow the start of bulk copies, not their arrival
+    kFlagBeforeStoresAreDone,  // row flags are handed over before the row's last bulk copies have started
     kRowsWithoutFlag,          // drains do not wait for row flags
     kEndWithoutArrivals,       // a dispatch ends before everything has landed
     kPassWithoutDrain,         // a pass starts before the one before it was drained
@@ -18,7 +18,6 @@ enum class Mutation : int32_t {
     kArrivalBeforeAllWarps,    // one warp of a block says that all of it have sent their rows
     kCountsWithoutEntries,     // the exchange reads counts before they are there
     kFlagBeforeRow,            // the row flag is written before the row
-    kFillBeforeStoresAreRead,  // a buffer in shared memory is filled again while copies still read it
 };
 
 __device__ inline bool breaks(const Call& call, Mutation mutation) {
