@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support import DEVICE, ON_CUDA
+from support import DEVICE, ON_CUDA, needs_low_latency
 
 pytestmark = [pytest.mark.launcher, pytest.mark.timeout(300)]
 
@@ -30,6 +31,16 @@ TINY = (
     "--eval-windows=8",
     "--eval-every=10",
     "--sample=10",
+    f"--device={DEVICE.type}",
+)
+
+SMALL_DECODER = (
+    "--layers=2",
+    "--tokens=5",
+    "--hidden=128",
+    "--experts=6",
+    "--top-k=3",
+    "--steps=4",
     f"--device={DEVICE.type}",
 )
 
@@ -80,6 +91,69 @@ def test_dispatch_combine(mpirun: Mpirun) -> None:
 
 def test_dispatch_combine_is_short() -> None:
     assert len((EXAMPLES / "dispatch_combine.py").read_text().splitlines()) < 40
+
+
+@needs_low_latency
+@pytest.mark.parametrize("rows", ["fp8", "bf16"])
+def test_decode_loop(mpirun: Mpirun, rows: str) -> None:
+    result = mpirun(2, EXAMPLES / "decode_loop.py", *SMALL_DECODER, *(["--bf16"] if rows == "bf16" else []), limit=60.0)
+    assert result.returncode == 0, result.stdout + result.stderr
+    first, *times, last = result.stdout.splitlines()
+    assert first.startswith(
+        f"2 ranks on {DEVICE.type}, each with 2 micro-batches of 5 tokens; 2 layers with hidden 128"
+    )
+    assert f"top-3 of 6 experts, dispatch in {rows}, 4 steps" in first
+    for line, name in zip(times, ("without overlap", "with overlap"), strict=True):
+        figures = re.fullmatch(rf"{name}: +([\d.]+) us per layer, +([\d,]+) tokens/s", line)
+        assert figures, line
+        layer_us, speed = (float(figure.replace(",", "")) for figure in figures.groups())
+        assert speed == pytest.approx(2 * 2 * 5 / (2 * layer_us * 1e-6), rel=0.01)
+    assert last == f"outputs with and without overlap are equal, bit by bit ({4 * 2 * 2 * 5 * 128:,} values compared)"
+
+
+# The hooks of combine on rank 1 change one value of one token.
+WRONG_OVERLAP = """
+import runpy, sys
+from hpc_moe import Buffer
+right = Buffer.low_latency_combine
+def wrong(self, *args, **more):
+    combined, event, hook = right(self, *args, **more)
+    def receive():
+        hook()
+        combined[0, 0] += self.rank
+    return combined, event, hook and receive
+Buffer.low_latency_combine = wrong
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@needs_low_latency
+def test_decode_loop_notices_that_outputs_differ(mpirun: Mpirun) -> None:
+    result = mpirun(2, "-c", WRONG_OVERLAP, EXAMPLES / "decode_loop.py", *SMALL_DECODER, limit=60.0)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "outputs with and without overlap are DIFFERENT in " in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "option, needed",
+    [
+        ("--layers=0", "at least 1"),
+        ("--tokens=0", "at least 1"),
+        ("--hidden=192", "a multiple of 128, at most 16384"),
+        ("--experts=5", "a multiple of the 2 ranks"),
+        ("--top-k=7", "1 to 6"),
+        ("--steps=0", "at least 1"),
+    ],
+)
+def test_decode_loop_options(mpirun: Mpirun, option: str, needed: str) -> None:
+    """One line and no traceback."""
+    result = mpirun(2, EXAMPLES / "decode_loop.py", *SMALL_DECODER, option, limit=60.0)
+    assert result.returncode == 2
+    name, got = option.split("=")
+    assert result.stderr.count(f"decode_loop.py: error: {name} must be {needed}; got {got}\n") == 1
+    assert "Traceback" not in result.stderr
 
 
 def test_training_and_single_process_agree(whole_run: tuple[dict[str, Any], str]) -> None:
@@ -167,6 +241,14 @@ def test_an_error_on_one_rank_ends_the_job(mpirun: Mpirun) -> None:
     result = mpirun(2, EXAMPLES / "train_moe_lm.py", *TINY, "--steps=1", "--sample=0", out, limit=60.0)
     assert result.returncode not in (0, 2, 124)
     assert "NotADirectoryError" in result.stderr
+
+
+@pytest.mark.skipif(ON_CUDA, reason="there is a GPU")
+def test_decode_loop_without_cuda(mpirun: Mpirun) -> None:
+    result = mpirun(2, EXAMPLES / "decode_loop.py", "--device=cuda", limit=60.0)
+    assert result.returncode == 2
+    assert result.stderr.count("decode_loop.py: error: Buffer: ") == 1
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.skipif(ON_CUDA, reason="there is a GPU")
