@@ -1,4 +1,4 @@
-"""Builds the extension `hpc_moe._C` with CMake. Everything else about the package is in pyproject.toml.
+"""Builds the extensions `hpc_moe._C` and `hpc_moe._nvshmem` with CMake. Everything else is in pyproject.toml.
 
 Needs a C++17 compiler with OpenMP, the Python headers, CMake and Ninja or make; neither torch nor MPI. What is missing
 is named together with its remedy before CMake starts. Where there is nvcc, the CUDA backend is built, too:
@@ -104,13 +104,38 @@ def plan_cuda() -> cuda_build.Plan:
 class CMakeBuild(build_ext):
     """Configures and builds with CMake; the build folder is kept, so that a second build compiles what changed."""
 
+    def finalize_options(self) -> None:
+        """Decide what to build."""
+        self.cuda = plan_cuda()
+        names = ["hpc_moe._C"] + ["hpc_moe._nvshmem"] * bool(self.cuda.nvshmem)
+        self.distribution.ext_modules = [Extension(name, sources=[]) for name in names]
+        super().finalize_options()
+
+    def build_extensions(self) -> None:
+        """Build all that CMake builds, then put each extension in its place."""
+        self._build()
+        super().build_extensions()
+
     def build_extension(self, ext: Extension) -> None:
-        """Build `ext` into the place where setuptools looks for it."""
+        """Copy `ext` to where setuptools looks for it."""
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        folder = Path(self.build_temp).resolve() / "cmake"
+        name = ext.name.rpartition(".")[2]
+        built = list(self._folder().glob(f"{name}.*so"))
+        if len(built) != 1:
+            raise fail(
+                f"CMake left {len(built)} files {name}.*so in {self._folder()}.",
+                "remove the build folder and try again.",
+            )
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(built[0], output)
+
+    def _folder(self) -> Path:
+        return Path(self.build_temp).resolve() / "cmake"
+
+    def _build(self) -> None:
+        folder = self._folder()
         cxx = find_cxx()
         include = python_include()
-        cuda = plan_cuda()
         flags = [*shlex.split(cxx)[1:], os.environ.get("CXXFLAGS", "")]
         if os.environ.get("HPC_MOE_PYTHON_INCLUDE"):
             flags.append(f"-I{include.parent}")  # Debian's Python.h includes a file by its path from there
@@ -124,20 +149,15 @@ class CMakeBuild(build_ext):
             f"-DPython_INCLUDE_DIR={include}",
             f"-Dpybind11_DIR={pybind11_dir()}",
             f"-DHPC_MOE_VERSION={self.distribution.get_version()}",
-            *cuda.cmake_args(),
+            *self.cuda.cmake_args(),
             *shlex.split(os.environ.get("HPC_MOE_CMAKE_ARGS", "")),
         ]  # fmt: skip
         self._forget_other_configuration(folder, configure)
         jobs = os.environ.get("HPC_MOE_BUILD_JOBS") or str(len(os.sched_getaffinity(0)))
         self._run(configure)
-        print(cuda, flush=True)
+        print(self.cuda, flush=True)
         (folder / "configured-as.txt").write_text("\n".join(configure))
         self._run([configure[0], "--build", str(folder), "--parallel", jobs])
-        built = list(folder.glob("_C*.so"))
-        if len(built) != 1:
-            raise fail(f"CMake left {len(built)} files _C*.so in {folder}.", "remove the build folder and try again.")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(built[0], output)
 
     @staticmethod
     def _forget_other_configuration(folder: Path, configure: list[str]) -> None:

@@ -60,7 +60,7 @@ class Plan:
     Attributes:
         archs: of `ARCHS`, in their order; none: the CPU backend only.
         nvcc: path of the compiler.
-        nvshmem: the folder of NVSHMEM's include and lib, empty without one.
+        nvshmem: the folder of NVSHMEM's include and lib, empty without one; `hpc_moe._nvshmem` is built against it.
         why_no_cuda: where `archs` is empty, the reason.
         notes: what was left out, for the user to know.
     """
@@ -85,7 +85,8 @@ class Plan:
         if not self.archs:
             return f"CPU backend only, without CUDA: {self.why_no_cuda}"
         lines = [f"CPU backend, and CUDA backend for {names(self.archs)} by {self.nvcc}"]
-        lines += [f"NVSHMEM: {self.nvshmem or 'not found (install nvidia-nvshmem-cu13 or -cu12, or set NVSHMEM_DIR)'}"]
+        missing = "not found, so without hpc_moe._nvshmem (install nvidia-nvshmem-cu13 or -cu12, or set NVSHMEM_DIR)"
+        lines += ["NVSHMEM: " + (f"hpc_moe._nvshmem, with {self.nvshmem}" if self.nvshmem else missing)]
         return "\n".join([*lines, *self.notes])
 
 
