@@ -202,6 +202,12 @@ class CpuRuntime:
 CUDA_MAX_RANKS: int
 CUDA_MAX_TOP_K: int
 CUDA_MAX_LOCAL_EXPERTS: int
+LOW_LATENCY_FIXED_BYTES: int
+
+def low_latency_bytes(num_max_tokens: int, hidden: int, top_k: int, num_ranks: int, num_put_ranks: int = 0) -> int: ...
+
+MAX_LOW_LATENCY_TOKENS: int
+MAX_LOW_LATENCY_TOP_K: int
 is_stress_build: bool
 
 def layout_num_chunks(num_tokens: int) -> int: ...
@@ -287,6 +293,49 @@ class CombineParams:
     def __init__(self) -> None: ...
     def set_bias(self, index: int, address: int) -> None: ...
 
+class LowLatencyDispatchParams:
+    num_tokens: int
+    num_max_tokens: int
+    hidden: int
+    top_k: int
+    num_local_experts: int
+    weighted: bool
+    round_scale: bool
+    use_ue8m0: bool
+    x: int
+    x_stride: int
+    topk_index: int
+    topk_weights: int
+    recv_rows: int
+    recv_scales: int
+    recv_count: int
+    recv_src_idx: int
+    layout_range: int
+    recv_stats: int
+    wait_stats: int
+    arrivals: int
+    tokens: int
+    token_rows: int
+    token_weights: int
+
+class LowLatencyCombineParams:
+    num_tokens: int
+    num_max_tokens: int
+    hidden: int
+    top_k: int
+    num_local_experts: int
+    weighted: bool
+    use_logfmt: bool
+    x: int
+    arrivals: int
+    tokens: int
+    token_rows: int
+    token_weights: int
+    topk_index: int
+    topk_weights: int
+    combined: int
+    wait_stats: int
+
 class Window:
     @property
     def address(self) -> int: ...
@@ -346,6 +395,24 @@ class CudaRuntime:
     ) -> None: ...
     def launch_combine(self, params: CombineParams, agreed: Sequence[int], num_blocks: int, stream: int) -> None: ...
     def launch_reject(self, operation: int, text: str, behind_exchange: bool, stream: int) -> None: ...
+    def set_regions(self, regions: Sequence[int], num_bytes: int, most_tagged_bytes: int, may_mask: bool) -> None: ...
+    def set_puts(self, ranks: int, pes: Sequence[int], launchers: int) -> None: ...
+    def mask_ranks(self, ranks: int, stream: int) -> None: ...
+    def query_masks(self, masked: int, stream: int) -> None: ...
+    def low_latency_state(self) -> tuple[int, int]: ...
+    def restart_low_latency(self, epoch: int, masked: int) -> None: ...
+    def launch_low_latency_dispatch(
+        self,
+        params: LowLatencyDispatchParams,
+        scale_bytes: int,
+        agreed: Sequence[int],
+        halves: int,
+        stream: int,
+    ) -> None: ...
+    def launch_low_latency_combine(
+        self, params: LowLatencyCombineParams, agreed: Sequence[int], halves: int, stream: int
+    ) -> None: ...
+    def launch_low_latency_reject(self, operation: int, text: str, stream: int) -> None: ...
     def has_error(self) -> bool: ...
     def has_timeout(self) -> bool: ...
     def take_error(self, num_ranks: int) -> dict[str, Any] | None: ...

@@ -106,6 +106,67 @@ void bind_combine(py::module_& module) {
     def_address(params, "combined_weights", &CombineParams::combined_weights);
 }
 
+template <typename Params>
+void def_low_latency_call(py::class_<Params>& params) {
+    params.def(py::init<>())
+        .def_property(
+            "num_tokens", [](const Params& self) { return self.call.num_tokens; },
+            [](Params& self, int32_t value) { self.call.num_tokens = value; })
+        .def_property(
+            "num_max_tokens", [](const Params& self) { return self.call.num_max_tokens; },
+            [](Params& self, int32_t value) { self.call.num_max_tokens = value; })
+        .def_property(
+            "hidden", [](const Params& self) { return self.call.hidden; },
+            [](Params& self, int32_t value) { self.call.hidden = value; })
+        .def_property(
+            "top_k", [](const Params& self) { return self.call.top_k; },
+            [](Params& self, int32_t value) { self.call.top_k = value; })
+        .def_property(
+            "num_local_experts", [](const Params& self) { return self.call.num_local_experts; },
+            [](Params& self, int32_t value) { self.call.num_local_experts = value; })
+        .def_property(
+            "weighted", [](const Params& self) { return self.call.weighted; },
+            [](Params& self, bool value) { self.call.weighted = value; });
+}
+
+void bind_low_latency(py::module_& module) {
+    py::class_<LowLatencyDispatchParams> dispatch(module, "LowLatencyDispatchParams");
+    def_low_latency_call(dispatch);
+    dispatch.def_readwrite("round_scale", &LowLatencyDispatchParams::round_scale)
+        .def_readwrite("use_ue8m0", &LowLatencyDispatchParams::use_ue8m0)
+        .def_readwrite("x_stride", &LowLatencyDispatchParams::x_stride)
+        .def_property(
+            "recv_scales",
+            [](const LowLatencyDispatchParams& self) { return reinterpret_cast<uintptr_t>(self.recv_scales); },
+            [](LowLatencyDispatchParams& self, uintptr_t address) { self.recv_scales = at<void>(address); });
+    def_address(dispatch, "x", &LowLatencyDispatchParams::x);
+    def_address(dispatch, "topk_index", &LowLatencyDispatchParams::topk_index);
+    def_address(dispatch, "topk_weights", &LowLatencyDispatchParams::topk_weights);
+    def_address(dispatch, "recv_rows", &LowLatencyDispatchParams::recv_rows);
+    def_address(dispatch, "recv_count", &LowLatencyDispatchParams::recv_count);
+    def_address(dispatch, "recv_src_idx", &LowLatencyDispatchParams::recv_src_idx);
+    def_address(dispatch, "layout_range", &LowLatencyDispatchParams::layout_range);
+    def_address(dispatch, "recv_stats", &LowLatencyDispatchParams::recv_stats);
+    def_address(dispatch, "wait_stats", &LowLatencyDispatchParams::wait_stats);
+    def_address(dispatch, "arrivals", &LowLatencyDispatchParams::arrivals);
+    def_address(dispatch, "tokens", &LowLatencyDispatchParams::tokens);
+    def_address(dispatch, "token_rows", &LowLatencyDispatchParams::token_rows);
+    def_address(dispatch, "token_weights", &LowLatencyDispatchParams::token_weights);
+
+    py::class_<LowLatencyCombineParams> combine(module, "LowLatencyCombineParams");
+    def_low_latency_call(combine);
+    combine.def_readwrite("use_logfmt", &LowLatencyCombineParams::use_logfmt);
+    def_address(combine, "x", &LowLatencyCombineParams::x);
+    def_address(combine, "arrivals", &LowLatencyCombineParams::arrivals);
+    def_address(combine, "tokens", &LowLatencyCombineParams::tokens);
+    def_address(combine, "token_rows", &LowLatencyCombineParams::token_rows);
+    def_address(combine, "token_weights", &LowLatencyCombineParams::token_weights);
+    def_address(combine, "topk_index", &LowLatencyCombineParams::topk_index);
+    def_address(combine, "topk_weights", &LowLatencyCombineParams::topk_weights);
+    def_address(combine, "combined", &LowLatencyCombineParams::combined);
+    def_address(combine, "wait_stats", &LowLatencyCombineParams::wait_stats);
+}
+
 py::dict describe_error(const ErrorRecord& error, int num_ranks) {
     static const char* const kinds[] = {"", "timeout", "rejected", "bad value", "operations", "fields", "capacity"};
     static const char* const missing[] = {"entry", "row", "arrival", "drain"};
@@ -206,6 +267,42 @@ void bind_runtime(py::module_& module) {
                 self.launch_reject(operation, text, behind_exchange, stream_at(stream));
             },
             py::arg("operation"), py::arg("text"), py::arg("behind_exchange"), py::arg("stream"))
+        .def("set_regions", &CudaRuntime::set_regions, py::arg("regions"), py::arg("num_bytes"),
+             py::arg("most_tagged_bytes"), py::arg("may_mask"))
+        .def(
+            "set_puts",
+            [](CudaRuntime& self, uint32_t ranks, const std::vector<int>& pes, uintptr_t launchers) {
+                self.set_puts(ranks, pes, *at<const LowLatencyLaunchers>(launchers));
+            },
+            py::arg("ranks"), py::arg("pes"), py::arg("launchers"))
+        .def(
+            "mask_ranks",
+            [](CudaRuntime& self, uint32_t ranks, uintptr_t stream) { self.mask_ranks(ranks, stream_at(stream)); },
+            py::arg("ranks"), py::arg("stream"))
+        .def(
+            "query_masks",
+            [](CudaRuntime& self, uintptr_t masked, uintptr_t stream) { self.query_masks(masked, stream_at(stream)); },
+            py::arg("masked"), py::arg("stream"))
+        .def("low_latency_state", &CudaRuntime::low_latency_state)
+        .def("restart_low_latency", &CudaRuntime::restart_low_latency, py::arg("epoch"), py::arg("masked"))
+        .def(
+            "launch_low_latency_dispatch",
+            [](CudaRuntime& self, const LowLatencyDispatchParams& params, int scale_bytes,
+               const std::vector<int64_t>& agreed, int halves, uintptr_t stream) {
+                self.launch_low_latency_dispatch(params, scale_bytes, agreed, halves, stream_at(stream));
+            },
+            py::arg("params"), py::arg("scale_bytes"), py::arg("agreed"), py::arg("halves"), py::arg("stream"))
+        .def(
+            "launch_low_latency_combine",
+            [](CudaRuntime& self, const LowLatencyCombineParams& params, const std::vector<int64_t>& agreed, int halves,
+               uintptr_t stream) { self.launch_low_latency_combine(params, agreed, halves, stream_at(stream)); },
+            py::arg("params"), py::arg("agreed"), py::arg("halves"), py::arg("stream"))
+        .def(
+            "launch_low_latency_reject",
+            [](CudaRuntime& self, int operation, const std::string& text, uintptr_t stream) {
+                self.launch_low_latency_reject(operation, text, stream_at(stream));
+            },
+            py::arg("operation"), py::arg("text"), py::arg("stream"))
         .def("has_error", &CudaRuntime::has_error)
         .def("has_timeout", &CudaRuntime::has_timeout)
         .def(
@@ -234,11 +331,26 @@ void bind_cuda(py::module_& module) {
     bind_exchange(module);
     bind_dispatch(module);
     bind_combine(module);
+    bind_low_latency(module);
     bind_runtime(module);
     module.def("layout_num_chunks", &layout_num_chunks, py::arg("num_tokens"));
     module.attr("CUDA_MAX_RANKS") = kMaxRanks;
     module.attr("CUDA_MAX_TOP_K") = kMaxTopK;
     module.attr("CUDA_MAX_LOCAL_EXPERTS") = kMaxLocalExperts;
+    module.def(
+        "low_latency_bytes",
+        [](int num_max_tokens, int hidden, int top_k, int num_ranks, int num_put_ranks) {
+            LowLatencyCall call{};
+            call.put_ranks = (1u << num_put_ranks) - 1;
+            call.num_max_tokens = num_max_tokens, call.hidden = hidden, call.top_k = top_k;
+            call.call.num_ranks = num_ranks;
+            return lay_out(call, kLowLatencyDispatch) - kLowLatencyFixedBytes;
+        },
+        py::arg("num_max_tokens"), py::arg("hidden"), py::arg("top_k"), py::arg("num_ranks"),
+        py::arg("num_put_ranks") = 0);
+    module.attr("LOW_LATENCY_FIXED_BYTES") = kLowLatencyFixedBytes;
+    module.attr("MAX_LOW_LATENCY_TOKENS") = kMaxLowLatencyTokens;
+    module.attr("MAX_LOW_LATENCY_TOP_K") = kMaxLowLatencyTopK;
 #ifdef HPC_MOE_STRESS
     module.attr("is_stress_build") = true;
 #else

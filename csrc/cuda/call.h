@@ -31,6 +31,11 @@ struct Stage {
     int32_t num_slots;  // of a source
 };
 
+// Why a rank rejects a call, for the kernel that tells the peers.
+struct RejectionText {
+    char characters[kTextBytes];
+};
+
 // How a kernel is launched.
 struct Launch {
     int num_blocks;

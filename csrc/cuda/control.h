@@ -17,7 +17,7 @@ constexpr int kLandingUnit = 128;       // bytes
 constexpr int kMaxBlocks = 256;         // of a kernel that talks to peers
 
 // In the order of Python's OPERATIONS.
-enum class Operation : int32_t { kDispatch, kCombine };
+enum class Operation : int32_t { kDispatch, kCombine, kLowLatencyDispatch, kLowLatencyCombine };
 
 enum class EntryStatus : int32_t { kFine, kRejected, kBadValue, kTooSmall };
 

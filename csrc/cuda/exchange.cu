@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, 1) exchange(const __grid_constant__ 
         const bool here = meet_with_counts(p, epoch, entries);
         const Objection found = here ? find_objection(p.call, entries, true) : Objection{0, 0};
         const bool ends = found.kind != 0 && (p.values_matter || found.kind != static_cast<int>(ErrorKind::kBadValue));
-        if (found.kind != 0) report_objection(p.call, epoch, entries, found);
+        if (found.kind != 0) report_objection(p.call, posted_entries(p.call, epoch), entries, found);
         if (here && !ends) write_prefix_matrix(p, entries);
         if (threadIdx.x == 0) {
             all_here = here;
@@ -166,11 +166,8 @@ __global__ void __launch_bounds__(kThreads, 1) exchange(const __grid_constant__ 
     }
 }
 
-struct Text {
-    char characters[kTextBytes];
-};
-
-__global__ void __launch_bounds__(32) reject(const __grid_constant__ Call call, const __grid_constant__ Text text) {
+__global__ void __launch_bounds__(32)
+    reject(const __grid_constant__ Call call, const __grid_constant__ RejectionText text) {
     if (call.behind_exchange && call.state->refused) return;  // nobody goes on
     __shared__ Entry entries[kMaxRanks];
     const uint64_t epoch = begin_epoch(call);
@@ -196,7 +193,7 @@ void launch_exchange(const ExchangeParams& params, cudaStream_t stream) {
 }
 
 void launch_reject(const Call& call, const char* text, cudaStream_t stream) {
-    Text copy{};
+    RejectionText copy{};
     for (int i = 0; i < kTextBytes - 1 && text[i]; ++i) copy.characters[i] = text[i];
     reject<<<1, 32, 0, stream>>>(call, copy);
     check(cudaGetLastError(), "launching the reject kernel");

@@ -10,6 +10,7 @@
 #include <stdexcept>
 
 #include "cuda/check.h"
+#include "cuda/device_guard.h"
 
 namespace hpc_moe::cuda {
 namespace {
@@ -18,25 +19,6 @@ constexpr int64_t kGranule = 2 << 20;
 constexpr int kBlocksOnSharedGpu = 4;
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-// Makes the device current in this thread for a while.
-class DeviceGuard {
-   public:
-    explicit DeviceGuard(int device) {
-        check(cudaGetDevice(&before_), "asking for the current device");
-        if (before_ != device) check(cudaSetDevice(device), "choosing the device");
-        changed_ = before_ != device;
-    }
-    ~DeviceGuard() {
-        if (changed_) cudaSetDevice(before_);
-    }
-    DeviceGuard(const DeviceGuard&) = delete;
-    DeviceGuard& operator=(const DeviceGuard&) = delete;
-
-   private:
-    int before_ = 0;
-    bool changed_ = false;
-};
 
 std::string uuid_text(const void* bytes) {
     const auto* digits = static_cast<const uint8_t*>(bytes);
@@ -236,8 +218,10 @@ void CudaRuntime::free() {
     DeviceGuard guard(device_);
     window_.reset();
     if (state_) cudaFree(state_);
+    if (low_latency_state_) cudaFree(low_latency_state_);
     if (host_) cudaFreeHost(host_);
     state_ = nullptr;
+    low_latency_state_ = nullptr;
     host_ = host_on_device_ = nullptr;
     cudaGetLastError();
 }

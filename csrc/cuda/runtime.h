@@ -16,6 +16,7 @@
 #include "cuda/dispatch.h"
 #include "cuda/exchange.h"
 #include "cuda/layout.h"
+#include "cuda/low_latency.h"
 
 namespace hpc_moe::cuda {
 
@@ -101,6 +102,28 @@ class CudaRuntime {
     // behind_exchange: in place of the dispatch that follows an exchange.
     void launch_reject(int operation, const std::string& text, bool behind_exchange, cudaStream_t stream);
 
+    // --- low-latency calls. halves: kSendHalf, kReceiveHalf or both.
+
+    // Where every rank's region lies, as this process sees it, and how many bytes it has. Peers may write it only after
+    // all ranks have come back from here.
+    void set_regions(const std::vector<uintptr_t>& regions, int64_t num_bytes, int64_t most_tagged_bytes,
+                     bool may_mask);
+    // Reaches ranks (a bit each) by puts; pes: of all ranks; launchers: of the module that has kernels with puts.
+    void set_puts(uint32_t ranks, const std::vector<int>& pes, const LowLatencyLaunchers& launchers);
+    // scale_bytes: for each 128 channels of e4m3; 0: bf16.
+    void launch_low_latency_dispatch(LowLatencyDispatchParams params, int scale_bytes,
+                                     const std::vector<int64_t>& agreed, int halves, cudaStream_t stream);
+    void launch_low_latency_combine(LowLatencyCombineParams params, const std::vector<int64_t>& agreed, int halves,
+                                    cudaStream_t stream);
+    // Ranks that low-latency calls go on without (a bit each): masks more of them; writes who is, [num_ranks].
+    void mask_ranks(uint32_t ranks, cudaStream_t stream);
+    void query_masks(uintptr_t masked, cudaStream_t stream);
+    // What low-latency calls have come to: the highest number of a call, and who is masked. Waits for all kernels.
+    std::pair<uint64_t, uint32_t> low_latency_state() const;
+    // Goes on from that number, without these ranks. No rank that takes part has a kernel under way.
+    void restart_low_latency(uint64_t epoch, uint32_t masked);
+    void launch_low_latency_reject(int operation, const std::string& text, cudaStream_t stream);
+
     // --- reports
 
     bool has_error() const;
@@ -115,6 +138,8 @@ class CudaRuntime {
     Call make_call(Operation operation, const std::vector<int64_t>& agreed, int64_t num_tokens, int64_t capacity) const;
     Stage make_stage(int64_t slot_bytes) const;
     int limit_blocks(int num_blocks) const;
+    void fill_low_latency_call(LowLatencyCall& call, LowLatencyKind kind, const std::vector<int64_t>& agreed,
+                               int halves) const;
 
     int rank_, num_ranks_, device_;
     int64_t window_bytes_, stage_bytes_;
@@ -127,6 +152,14 @@ class CudaRuntime {
     std::shared_ptr<Window> window_;
     std::vector<uint8_t*> windows_;  // of all ranks, as this process sees them
     LocalState* state_ = nullptr;
+    std::vector<uint8_t*> regions_;  // of all ranks, for low-latency calls
+    int64_t region_bytes_ = 0;
+    LowLatencyState* low_latency_state_ = nullptr;
+    int64_t most_tagged_bytes_ = kMostTaggedBytes;
+    bool may_mask_ = false;
+    uint32_t put_ranks_ = 0;
+    std::vector<int> pes_;
+    const LowLatencyLaunchers* launchers_ = &low_latency_launchers();
     HostRecord* host_ = nullptr;
     HostRecord* host_on_device_ = nullptr;
     uint32_t num_exchanges_ = 0;

@@ -35,6 +35,27 @@ __device__ inline void store_relaxed_sys(uint64_t* word, uint64_t value) {
     asm volatile("st.relaxed.sys.global.b64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
 }
 
+// 16 bytes at once (PTX's scalar type .b128): whoever loads one of four words has the others of the same store. No
+// order.
+__device__ inline uint4 load_relaxed_16(const void* from) {
+    uint64_t low, high;
+    asm volatile("{\n .reg .b128 both;\n ld.relaxed.sys.global.b128 both, [%2];\n mov.b128 {%0, %1}, both;\n}"
+                 : "=l"(low), "=l"(high)
+                 : "l"(from)
+                 : "memory");
+    return make_uint4(static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), static_cast<uint32_t>(high),
+                      static_cast<uint32_t>(high >> 32));
+}
+
+__device__ inline void store_relaxed_16(void* to, const uint4& value) {
+    const uint64_t low = static_cast<uint64_t>(value.y) << 32 | value.x;
+    const uint64_t high = static_cast<uint64_t>(value.w) << 32 | value.z;
+    asm volatile(
+        "{\n .reg .b128 both;\n mov.b128 both, {%1, %2};\n st.relaxed.sys.global.b128 [%0], both;\n}" ::"l"(to),
+        "l"(low), "l"(high)
+        : "memory");
+}
+
 // No order; for words that only say "stop".
 __device__ inline uint32_t load_relaxed_gpu(const uint32_t* word) {
     uint32_t value;

@@ -86,10 +86,8 @@ __device__ inline uint64_t begin_epoch(const Call& call) { return call.state->ep
 // What a flag says of this pass: larger than all flags of earlier passes and calls.
 __device__ inline uint64_t pass_tag(uint64_t epoch, int pass) { return epoch * kMaxPasses + pass; }
 
-// One warp: announces this rank to all. `counts` may be null. A fence.acq_rel.sys comes before it in program
-// order: with the stores here it is a release of what this rank did before.
-__device__ inline void enter(const Call& call, uint64_t epoch, EntryStatus status, const int32_t* counts,
-                             uint64_t detail) {
+// This lane's word of the entry that announces this rank. `counts` may be null.
+__device__ inline uint32_t entry_word(const Call& call, EntryStatus status, const int32_t* counts, uint64_t detail) {
     const int lane = threadIdx.x % 32;
     uint32_t word = lane < kEntryWords ? reinterpret_cast<const uint32_t*>(&call.entry)[lane] : 0;
     const int from_counts = lane - static_cast<int>(offsetof(Entry, counts) / 4);
@@ -97,6 +95,15 @@ __device__ inline void enter(const Call& call, uint64_t epoch, EntryStatus statu
     if (lane == offsetof(Entry, detail) / 4) word = static_cast<uint32_t>(detail);
     if (lane == offsetof(Entry, detail) / 4 + 1) word = static_cast<uint32_t>(detail >> 32);
     if (counts && from_counts >= 0 && from_counts < call.num_ranks) word = counts[from_counts];
+    return word;
+}
+
+// One warp: announces this rank to all. `counts` may be null. A fence.acq_rel.sys comes before it in program
+// order: with the stores here it is a release of what this rank did before.
+__device__ inline void enter(const Call& call, uint64_t epoch, EntryStatus status, const int32_t* counts,
+                             uint64_t detail) {
+    const int lane = threadIdx.x % 32;
+    const uint32_t word = entry_word(call, status, counts, detail);
     stress_sleep(call);
     for (int r = 0; lane < kEntryWords && r < call.num_ranks; ++r) {
         store_relaxed_sys(&control_of(call, r)->entries[epoch & 1][call.rank].words[lane], epoch << 32 | word);
@@ -168,7 +175,7 @@ __device__ inline Objection find_objection(const Call& call, const Entry* entrie
 }
 
 // One warp: hands the objection to the host.
-__device__ inline void report_objection(const Call& call, uint64_t epoch, const Entry* entries,
+__device__ inline void report_objection(const Call& call, const PostedEntry* posted, const Entry* entries,
                                         const Objection& objection) {
     const int lane = threadIdx.x % 32;
     const bool claimed = __shfl_sync(~0u, lane == 0 ? claim_error(call) : false, 0);
@@ -179,7 +186,7 @@ __device__ inline void report_objection(const Call& call, uint64_t epoch, const 
         for (int i = 0; i < kMaxFields; ++i) error.fields[lane][i] = entries[lane].fields[i];
     }
     const Entry& blamed = entries[objection.peer];
-    const char* text = control_of(call, call.rank)->entries[epoch & 1][objection.peer].text;
+    const char* text = posted[objection.peer].text;
     for (int i = lane; i < kTextBytes; i += 32) error.text[i] = text[i];
     __threadfence_system();
     __syncwarp();
@@ -200,6 +207,11 @@ __device__ inline void enter_call(const Call& call, uint64_t epoch) {
     enter(call, epoch, rows_needed ? EntryStatus::kTooSmall : EntryStatus::kFine, nullptr, rows_needed);
 }
 
+// What the ranks posted into this rank's window.
+__device__ inline const PostedEntry* posted_entries(const Call& call, uint64_t epoch) {
+    return control_of(call, call.rank)->entries[epoch & 1];
+}
+
 // One warp of every block: waits until all ranks have entered, and decides. True: the call goes on.
 __device__ inline bool meet(const Call& call, uint64_t epoch, Entry* entries) {
     if (breaks(call, Mutation::kSendWithoutEntries) && epoch > 2) {  // there are older entries
@@ -207,7 +219,9 @@ __device__ inline bool meet(const Call& call, uint64_t epoch, Entry* entries) {
     }
     if (!wait_for_entries(call, epoch, entries)) return false;
     const Objection objection = find_objection(call, entries, false);
-    if (objection.kind != 0 && blockIdx.x == 0) report_objection(call, epoch, entries, objection);
+    if (objection.kind != 0 && blockIdx.x == 0) {
+        report_objection(call, posted_entries(call, epoch), entries, objection);
+    }
     return objection.kind == 0;
 }
 

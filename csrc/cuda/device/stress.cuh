@@ -18,6 +18,9 @@ enum class Mutation : int32_t {
     kArrivalBeforeAllWarps,    // one warp of a block says that all of it have sent their rows
     kCountsWithoutEntries,     // the exchange reads counts before they are there
     kFlagBeforeRow,            // the row flag is written before the row
+    kSendWithoutPermission,    // low-latency rows are sent before the peers have ended the calls before
+    kRowBeforeFlag,            // low-latency: plain rows are read before their flag has come
+    kWordWithoutTag,           // low-latency: words are taken before they have come
 };
 
 __device__ inline bool breaks(const Call& call, Mutation mutation) {

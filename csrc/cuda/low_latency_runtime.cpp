@@ -1,0 +1,109 @@
+// The host side of low-latency calls: what lies where in a region, and the launches.
+#include <algorithm>
+#include <stdexcept>
+
+#include "cuda/check.h"
+#include "cuda/device_guard.h"
+#include "cuda/runtime.h"
+
+namespace hpc_moe::cuda {
+
+void CudaRuntime::set_regions(const std::vector<uintptr_t>& regions, int64_t num_bytes, int64_t most_tagged_bytes,
+                              bool may_mask) {
+    if (static_cast<int>(regions.size()) != num_ranks_) throw std::runtime_error("one region per rank is needed");
+    if (num_bytes < kLowLatencyFixedBytes) throw std::runtime_error("the region is too small");
+    DeviceGuard guard(device_);
+    launchers_->prepare();
+    prepare_low_latency_masks();
+    regions_.resize(regions.size());
+    std::transform(regions.begin(), regions.end(), regions_.begin(),
+                   [](uintptr_t address) { return reinterpret_cast<uint8_t*>(address); });
+    region_bytes_ = num_bytes;
+    may_mask_ = may_mask;
+    if (most_tagged_bytes >= 0) most_tagged_bytes_ = most_tagged_bytes;
+    void* memory = nullptr;
+    check(cudaMalloc(&memory, sizeof(LowLatencyState)), "allocating the low-latency state");
+    low_latency_state_ = static_cast<LowLatencyState*>(memory);
+    check(cudaMemset(low_latency_state_, 0, sizeof(LowLatencyState)), "clearing the low-latency state");
+    check(cudaMemset(regions_[rank_], 0, kLowLatencyClearedBytes), "clearing the region");
+    check(cudaDeviceSynchronize(), "clearing the region");
+}
+
+void CudaRuntime::set_puts(uint32_t ranks, const std::vector<int>& pes, const LowLatencyLaunchers& launchers) {
+    if (static_cast<int>(pes.size()) != num_ranks_) throw std::runtime_error("one PE per rank is needed");
+    DeviceGuard guard(device_);
+    launchers.prepare();
+    put_ranks_ = ranks, pes_ = pes, launchers_ = &launchers;
+}
+
+void CudaRuntime::fill_low_latency_call(LowLatencyCall& call, LowLatencyKind kind, const std::vector<int64_t>& agreed,
+                                        int halves) const {
+    if (!low_latency_state_) throw std::runtime_error("there is no region for low-latency calls");
+    const Operation operation =
+        kind == kLowLatencyDispatch ? Operation::kLowLatencyDispatch : Operation::kLowLatencyCombine;
+    call.call = make_call(operation, agreed, call.num_tokens, -1);
+    std::copy(regions_.begin(), regions_.end(), call.call.windows);
+    call.state = low_latency_state_;
+    call.halves = halves;
+    call.may_mask = may_mask_;
+    call.most_tagged_bytes = most_tagged_bytes_;
+    call.put_ranks = put_ranks_;
+    std::copy(pes_.begin(), pes_.end(), call.pes);
+    if (lay_out(call, kind) > region_bytes_) throw std::runtime_error("the region is too small for this call");
+}
+
+void CudaRuntime::launch_low_latency_dispatch(LowLatencyDispatchParams params, int scale_bytes,
+                                              const std::vector<int64_t>& agreed, int halves, cudaStream_t stream) {
+    DeviceGuard guard(device_);
+    fill_low_latency_call(params.call, kLowLatencyDispatch, agreed, halves);
+    params.packet = shape_packet(params.call.hidden, scale_bytes);
+    launchers_->dispatch(params, limit_blocks(kLowLatencyBlocks), stream);
+}
+
+void CudaRuntime::launch_low_latency_combine(LowLatencyCombineParams params, const std::vector<int64_t>& agreed,
+                                             int halves, cudaStream_t stream) {
+    DeviceGuard guard(device_);
+    fill_low_latency_call(params.call, kLowLatencyCombine, agreed, halves);
+    launchers_->combine(params, limit_blocks(kLowLatencyBlocks), stream);
+}
+
+void CudaRuntime::launch_low_latency_reject(int operation, const std::string& text, cudaStream_t stream) {
+    DeviceGuard guard(device_);
+    const bool is_dispatch = operation == static_cast<int>(Operation::kLowLatencyDispatch);
+    const LowLatencyKind kind = is_dispatch ? kLowLatencyDispatch : kLowLatencyCombine;
+    LowLatencyCall call{};  // of no sizes: nothing but control words is written
+    fill_low_latency_call(call, kind, {}, kSendHalf | kReceiveHalf);
+    call.call.entry.status = EntryStatus::kRejected;
+    launchers_->reject(call, kind, text.c_str(), limit_blocks(kLowLatencyBlocks), stream);
+}
+
+void CudaRuntime::mask_ranks(uint32_t ranks, cudaStream_t stream) {
+    DeviceGuard guard(device_);
+    launch_mask_ranks(low_latency_state_, ranks, stream);
+}
+
+void CudaRuntime::query_masks(uintptr_t masked, cudaStream_t stream) {
+    DeviceGuard guard(device_);
+    launch_query_masks(low_latency_state_, num_ranks_, reinterpret_cast<int32_t*>(masked), stream);
+}
+
+std::pair<uint64_t, uint32_t> CudaRuntime::low_latency_state() const {
+    DeviceGuard guard(device_);
+    check(cudaDeviceSynchronize(), "waiting for low-latency calls");
+    LowLatencyState::OfBlock block{};  // all blocks have the same
+    uint32_t masked = 0;
+    check(cudaMemcpy(&block, &low_latency_state_->of_block[0], sizeof block, cudaMemcpyDeviceToHost),
+          "reading the low-latency state");
+    check(cudaMemcpy(&masked, &low_latency_state_->masked, sizeof masked, cudaMemcpyDeviceToHost),
+          "reading the low-latency state");
+    return {*std::max_element(block.sent, block.sent + kNumLowLatencyKinds), masked};
+}
+
+void CudaRuntime::restart_low_latency(uint64_t epoch, uint32_t masked) {
+    DeviceGuard guard(device_);
+    auto* own = reinterpret_cast<LowLatencyControl*>(regions_[rank_]);
+    launch_restart(low_latency_state_, own, num_ranks_, epoch, masked, nullptr);
+    check(cudaDeviceSynchronize(), "restarting low-latency calls");
+}
+
+}  // namespace hpc_moe::cuda
