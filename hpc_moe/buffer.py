@@ -19,7 +19,7 @@ from . import _C, checks
 from ._backends import Backend, make_backend
 from ._backends.requests import StreamArguments
 from .bootstrap import Group, agree, find_topology
-from .config import Config, low_latency_staging_bytes
+from .config import Config, low_latency_region_bytes
 from .errors import ArgumentError, Error, PeerTimeoutError, UnavailableError
 from .events import EventOverlap
 from .handles import DispatchHandle, LowLatencyHandle
@@ -29,6 +29,61 @@ topk_idx_t = torch.int64
 Tensors = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
+# Written out, for generators take several times as long, and a low-latency call is short.
+class _Running:
+    """Of `Buffer._running`; gives the backend."""
+
+    __slots__ = ("_backend", "_buffer", "_name")
+
+    def __init__(self, buffer: Buffer, name: str) -> None:
+        self._buffer, self._name = buffer, name
+
+    def __enter__(self) -> Backend:
+        self._backend = self._buffer._usable(self._name)
+        return self._backend
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            return
+        if isinstance(error, ArgumentError):
+            raise ArgumentError(f"Buffer.{self._name}: {error}") from None
+        if not self._backend.is_in_step(error):
+            self._backend.broken = self._backend.broken or f"{self._name}: {type(error).__name__}: {error}"
+        if isinstance(error, RuntimeError) and not isinstance(error, Error):
+            raise Error(f"Buffer.{self._name}: {error}") from error
+
+
+class _OrReject:
+    """Of `Buffer._or_reject`; gives the backend."""
+
+    __slots__ = ("_backend", "_buffer", "_cleaning", "_name")
+
+    def __init__(self, buffer: Buffer, name: str, cleaning: bool) -> None:
+        self._buffer, self._name, self._cleaning = buffer, name, cleaning
+
+    def __enter__(self) -> Backend:
+        self._backend = self._buffer._usable(self._name)
+        return self._backend
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not isinstance(error, Exception):
+            return
+        late = None
+        try:
+            if self._cleaning:
+                self._backend.reject_cleaning(error)
+            else:
+                self._backend.reject(self._name, error)
+        except PeerTimeoutError as caught:
+            late = caught  # worth a mention, but the arguments are what is wrong
+        if isinstance(error, (ArgumentError, UnavailableError)):
+            raise type(error)(f"Buffer.{self._name}: {error}") from late
+
+
 class Buffer:
     """Communication buffers of one rank, and the calls that use them.
 
@@ -36,7 +91,7 @@ class Buffer:
     order. Bad input raises `ArgumentError` on every rank (on the others, naming the rank that has it) and leaves the
     buffer usable. A peer that does not come raises `PeerTimeoutError` and leaves it broken: later calls raise
     `UnavailableError`. On CUDA, a call that does not wait for the GPU (`dispatch` with a handle or `num_worst_tokens`,
-    `combine`, `get_dispatch_layout`) leaves what it cannot know yet to the next call, or to `check`.
+    `combine`, `get_dispatch_layout`, low-latency calls) leaves what it cannot know yet to the next call, or to `check`.
 
     Use it as a context manager, or call `destroy()` on all ranks.
 
@@ -99,7 +154,7 @@ class Buffer:
             BootstrapError: a step failed on some rank; every rank raises it with that rank's message.
             PeerTimeoutError: a rank did not take part within `timeout`.
             UnavailableError: `device` is CUDA, and this build has no CUDA runtime, there are too few GPUs, or the
-                buffer needs what CUDA does not have yet (low-latency calls, several nodes).
+                buffer needs what CUDA does not have yet (several nodes).
         """
         self._backend: Backend | None = None
         checks.communicator(comm)
@@ -134,6 +189,10 @@ class Buffer:
                 num_rdma_bytes=num_rdma_bytes,
                 low_latency_mode=low_latency_mode,
                 enable_shrink=enable_shrink,
+                network={
+                    name: arguments[name]
+                    for name in ("num_qps_per_rank", "allow_nvlink_for_low_latency_mode", "allow_mnnvl")
+                },
                 timeout=float(checked["timeout"]),
             )
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
@@ -141,6 +200,7 @@ class Buffer:
         self.timeout = float(checked["timeout"])
         self.topology = topology
         self._enable_shrink = enable_shrink
+        self._fitting_sizes = (0, 0, 0)  # M, hidden and experts of the last low-latency call
         self.runtime = self._backend.runtime
         self._facts = checks.BufferFacts(
             self, self.group_size, topology.ranks_of_node, self._backend.device, self._backend.layout
@@ -216,39 +276,13 @@ class Buffer:
             raise UnavailableError(f"Buffer.{name}: {error}") from None
         return self._backend
 
-    @contextlib.contextmanager
-    def _running(self, name: str) -> Iterator[Backend]:
+    def _running(self, name: str) -> _Running:
         """A collective call under way: what goes wrong now, but for what all ranks agree on, leaves it half done."""
-        backend = self._usable(name)
-        try:
-            yield backend
-        except ArgumentError as error:
-            raise ArgumentError(f"Buffer.{name}: {error}") from None
-        except BaseException as error:
-            if not backend.is_in_step(error):
-                backend.broken = backend.broken or f"{name}: {type(error).__name__}: {error}"
-            if isinstance(error, RuntimeError) and not isinstance(error, Error):
-                raise Error(f"Buffer.{name}: {error}") from error
-            raise
+        return _Running(self, name)
 
-    @contextlib.contextmanager
-    def _or_reject(self, name: str, cleaning: bool = False) -> Iterator[Backend]:
+    def _or_reject(self, name: str, cleaning: bool = False) -> _OrReject:
         """The checks of a collective call: whatever they raise is told to the peers, which raise too."""
-        backend = self._usable(name)
-        try:
-            yield backend
-        except Exception as error:
-            late = None
-            try:
-                if cleaning:
-                    backend.reject_cleaning(error)
-                else:
-                    backend.reject(name, error)
-            except PeerTimeoutError as caught:
-                late = caught  # worth a mention, but the arguments are what is wrong
-            if isinstance(error, (ArgumentError, UnavailableError)):
-                raise type(error)(f"Buffer.{name}: {error}") from late
-            raise
+        return _OrReject(self, name, cleaning)
 
     # --- normal calls ------------------------------------------------------------------------------------------------
 
@@ -493,9 +527,9 @@ class Buffer:
             use_ue8m0: with both, store scales as exponent bytes, four to an int32.
             async_finish: do not make the current stream wait; excludes `return_recv_hook`.
             return_recv_hook: only send; the returned hook receives, and fills the returned tensors. The same on all
-                ranks. At most two sends may be unreceived. Hooks run in the order of the calls: one runs those before
-                it, too. (An MPI that needs the sender's help for large messages delivers them while the sender is in a
-                later call.)
+                ranks. At most two sends may be unreceived, on CUDA of the same M, H and K. Hooks run in the order of
+                the calls: one runs those before it, too. (An MPI that needs the sender's help for large messages
+                delivers them while the sender is in a later call.)
             topk_weights: `[T, K] float32`: they travel along, and `low_latency_combine` sums a rank's experts before
                 sending; it must then be given the same weights.
 
@@ -505,7 +539,8 @@ class Buffer:
             column-major. hook is None without `return_recv_hook`.
 
         Raises:
-            ArgumentError: an argument is wrong here or on another rank, or differs between ranks.
+            ArgumentError: an argument is wrong here or on another rank, or differs between ranks. (What is wrong with
+                indices on a GPU is raised by the next call or by `check`; such an index counts as -1.)
             PeerTimeoutError: a peer did not come (with `enable_shrink` it is masked instead).
             UnavailableError: the buffer is destroyed or broken.
         """
@@ -556,7 +591,7 @@ class Buffer:
 
         Args:
             x: `[L, M*R, H] bfloat16`, rows in the order of the dispatch's `recv_x`.
-            topk_idx: `[T, K] int64`, as given to the dispatch.
+            topk_idx: `[T, K] int64`, as given to the dispatch. (On CUDA it is not compared with that.)
             topk_weights: `[T, K] float32`; the same values as at the dispatch, if they were given there.
             handle: of the dispatch.
             use_logfmt: send rows in a logarithmic format of 10 bits a channel.
@@ -564,7 +599,7 @@ class Buffer:
                 `use_logfmt`.
             async_finish: do not make the current stream wait; excludes `return_recv_hook`.
             return_recv_hook: only send; the returned hook receives, and fills the result. See `low_latency_dispatch`.
-            out: `[T, H] bfloat16` to write the result to.
+            out: `[T, H] bfloat16` to write the result to, contiguous, on CUDA from a multiple of 16 bytes on.
             combine_wait_recv_cost_stats: `[R] int64`; see `low_latency_dispatch`.
 
         Returns:
@@ -599,8 +634,10 @@ class Buffer:
             combined, receive = backend.low_latency_combine(request)
         return combined, EventOverlap(), self._receive(name, receive, return_recv_hook)
 
-    def _receive(self, name: str, receive: Callable[[], None], later: bool) -> Callable[[], None] | None:
-        """Run the receive half of a call now, or return what runs it later."""
+    def _receive(self, name: str, receive: Callable[[], None] | None, later: bool) -> Callable[[], None] | None:
+        """Run the receive half of a call now, if there is one left, or return what runs it later."""
+        if receive is None:
+            return None
 
         def hook() -> None:
             with self._running(name):
@@ -615,7 +652,8 @@ class Buffer:
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
         """The staging buffer, `[L, M*R, H] bfloat16`, that a `zero_copy` combine of this handle reads.
 
-        There are two: the next dispatch uses the other one, and the one after it this one again.
+        There are two: the next dispatch uses the other one, and the one after it this one again. On CUDA, calls of
+        other sizes may write there.
 
         Raises:
             ArgumentError: the handle is not of a low-latency dispatch of this buffer.
@@ -689,7 +727,7 @@ class Buffer:
         backend = self._shrinkable(name)
         with _naming(name):
             checks.tensor("mask_status", mask_status, torch.int32, [self.group_size], self._facts.device)
-        mask_status.copy_(torch.tensor([int(rank in backend.masked) for rank in range(self.group_size)]))
+        backend.write_masks(mask_status)
 
     def low_latency_clean_mask_buffer(self) -> None:
         """Ask for the return of all masked ranks; takes effect in `clean_low_latency_buffer`.
@@ -715,12 +753,15 @@ class Buffer:
             raise ArgumentError("the buffer must have been constructed with low_latency_mode=True")
 
     def _check_low_latency_size(self, num_tokens: int, hidden: int, num_experts: int) -> None:
+        if self._fitting_sizes == (num_tokens, hidden, num_experts):
+            return
         hint = self.get_low_latency_rdma_size_hint(num_tokens, hidden, self.group_size, num_experts)
         if self.num_rdma_bytes < hint:
             raise ArgumentError(
                 f"num_rdma_bytes={self.num_rdma_bytes} of the buffer is too small: M={num_tokens}, hidden={hidden}, "
                 f"{num_experts} experts need {hint} (get_low_latency_rdma_size_hint)"
             )
+        self._fitting_sizes = (num_tokens, hidden, num_experts)
 
     # --- the rest ----------------------------------------------------------------------------------------------------
 
@@ -805,8 +846,9 @@ class Buffer:
         with _naming("get_low_latency_rdma_size_hint"):
             most = checks.integer("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank, minimum=1)
             checks.hidden_size("hidden", checks.integer("hidden", hidden, minimum=1))
-            experts = checks.expert_count("num_experts", num_experts, checks.integer("num_ranks", num_ranks, minimum=1))
-        return 2 * low_latency_staging_bytes(most, hidden, experts)
+            ranks = checks.integer("num_ranks", num_ranks, minimum=1)
+            experts = checks.expert_count("num_experts", num_experts, ranks)
+        return low_latency_region_bytes(most, hidden, ranks, experts)
 
     @staticmethod
     def is_sm90_compiled() -> bool:

@@ -80,13 +80,12 @@ def tensor(
     `contiguous` is `"all"`, `"rows"` (the last dimension only) or empty.
     """
     allowed = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
-    fits = (
-        isinstance(value, torch.Tensor)
-        and value.dtype in allowed
-        and value.dim() == len(shape)
-        and value.device == device
-        and all(isinstance(want, str) or want == size for want, size in zip(shape, value.shape, strict=True))
-    )
+    fits = isinstance(value, torch.Tensor) and value.dtype in allowed and value.device == device
+    sizes = value.shape if fits else ()
+    fits = fits and len(sizes) == len(shape)
+    if fits:
+        for want, size in zip(shape, sizes):  # noqa: B905  (of the same length)
+            fits = fits and (want == size or isinstance(want, str))
     if not fits:
         wanted = " or ".join(_dtype_name(dtype) for dtype in allowed)
         dims = ", ".join(str(size) for size in shape)
@@ -213,7 +212,7 @@ class BufferFacts:
         num_ranks: R.
         ranks_of_node: the ranks of every node.
         device: where tensors must lie.
-        layout: computes a `Layout` from `topk_idx` and `num_experts`.
+        layout: computes a `Layout` from `topk_idx` and `num_experts`; only where tensors lie on the CPU.
     """
 
     owner: object
@@ -237,7 +236,7 @@ def topk_indices(facts: BufferFacts, topk_idx: Any, num_tokens: int | str = "num
 
 
 def weights_like(facts: BufferFacts, topk_weights: Any, topk_idx: torch.Tensor) -> torch.Tensor:
-    """`topk_weights` of the shape of `topk_idx`, contiguous."""
+    """`topk_weights` of the shape of `topk_idx`, contiguous on CPU."""
     checked = tensor("topk_weights", topk_weights, torch.float32, list(topk_idx.shape), facts.device)
     return _contiguous(checked.detach())
 
@@ -456,7 +455,7 @@ def low_latency_dispatch_request(
         shape = [experts // facts.num_ranks]
         tensor("cumulative_local_expert_recv_stats", recv_stats, torch.int32, shape, facts.device, contiguous="all")
     wait_statistics(facts, "dispatch_wait_recv_cost_stats", wait_stats)
-    layout = facts.layout(idx, experts)
+    layout = None if facts.device.type == "cuda" else facts.layout(idx, experts)
     return LowLatencyDispatchRequest(
         tokens, idx, weights, layout, most, experts, recv_stats, wait_stats, use_fp8, round_scale, use_ue8m0
     )
@@ -477,7 +476,7 @@ def low_latency_combine_request(
     own_handle(facts, handle, LowLatencyHandle)
     experts, rows, hidden = handle.shape(facts.num_ranks)
     tokens = tensor("x", x, torch.bfloat16, [experts, rows, hidden], facts.device)
-    idx = tensor("topk_idx", topk_idx, torch.int64, [handle.num_tokens, handle.top_k], facts.device).contiguous()
+    idx = _contiguous(tensor("topk_idx", topk_idx, torch.int64, [handle.num_tokens, handle.top_k], facts.device))
     weights = weights_like(facts, topk_weights, idx)
     flag("use_logfmt", use_logfmt)
     if flag("zero_copy", zero_copy) and use_logfmt:
@@ -486,6 +485,8 @@ def low_latency_combine_request(
         tensor("x", x, torch.bfloat16, [experts, rows, hidden], facts.device, contiguous="all")
     if out is not None:
         tensor("out", out, torch.bfloat16, [handle.num_tokens, hidden], facts.device, contiguous="all")
+        if facts.device.type == "cuda" and out.data_ptr() % 16:
+            raise ArgumentError("out must begin at a multiple of 16 bytes on CUDA; this view begins between two")
     wait_statistics(facts, "combine_wait_recv_cost_stats", wait_stats)
     return LowLatencyCombineRequest(tokens, idx, weights, handle, use_logfmt, out, wait_stats)
 

@@ -18,6 +18,11 @@ HINT_TOP_K = 16
 # On CPU a window starts with a page of its own; then come two slots (one per parity of the pass counter) for every
 # rank. On CUDA half of it is one slot for every rank, and half the pool; the control data come on top.
 _WINDOW_HEADER_BYTES = 4096
+# A low-latency region on CUDA (csrc/cuda/low_latency.h): what a token has in front of its row; a row's chunk, in the
+# row and on the wire; and the most experts that a token selects there.
+_LOW_LATENCY_DETAILS_BYTES = 256
+_LOW_LATENCY_CHUNK_BYTES, _LOW_LATENCY_WIRE_CHUNK_BYTES = 1024, 1664
+_LOW_LATENCY_TOP_K = 16
 # One row of the largest hidden size in float32 (a grouped combine), its top-k data, and the alignment of its arrays.
 _MINIMUM_SLOT_BYTES = 80 * 1024
 
@@ -35,6 +40,14 @@ def minimum_rdma_bytes(num_nodes: int) -> int:
 def low_latency_staging_bytes(num_tokens: int, hidden: int, num_experts: int) -> int:
     """Bytes of one combine staging buffer `[L, M*R, H]` bf16 (L*R = num_experts)."""
     return -(-num_experts * num_tokens * hidden * 2 // 4096) * 4096
+
+
+def low_latency_region_bytes(num_tokens: int, hidden: int, num_ranks: int, num_experts: int) -> int:
+    """Bytes that low-latency calls of these sizes need: what travels (twice), and two staging buffers."""
+    row = -(-2 * hidden // _LOW_LATENCY_CHUNK_BYTES) * _LOW_LATENCY_WIRE_CHUNK_BYTES
+    packets = num_ranks * (_LOW_LATENCY_DETAILS_BYTES + row)
+    travelling = num_tokens * (packets + max(num_ranks, _LOW_LATENCY_TOP_K) * row) + 3 * 4096
+    return 2 * (travelling + low_latency_staging_bytes(num_tokens, hidden, num_experts))
 
 
 def _slot_bytes(hidden_bytes: int) -> int:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..bootstrap import Group, Topology
@@ -13,7 +14,15 @@ from .base import Backend
 __all__ = ["Backend", "make_backend"]
 
 
-def make_backend(group: Group, topology: Topology, *, kind: str, device: str | None, **arguments: Any) -> Backend:
+def make_backend(
+    group: Group,
+    topology: Topology,
+    *,
+    kind: str,
+    device: str | None,
+    network: Mapping[str, Any],
+    **arguments: Any,
+) -> Backend:
     """Construct the backend for this kind of device. Collective.
 
     Args:
@@ -21,6 +30,7 @@ def make_backend(group: Group, topology: Topology, *, kind: str, device: str | N
         topology: where they are.
         kind: `"cpu"`, `"cuda"`, or empty: CUDA if all ranks can have it, else CPU. Equal on all ranks.
         device: as `Buffer` was given it; its index may differ between ranks.
+        network: what `Buffer` was told of the network between GPUs.
         arguments: of the backend.
     """
     if kind == "":
@@ -30,7 +40,7 @@ def make_backend(group: Group, topology: Topology, *, kind: str, device: str | N
     if kind == "cuda":
         from .cuda import CudaBackend
 
-        return CudaBackend(group, topology, device=device, **arguments)
+        return CudaBackend(group, topology, device=device, network=network, **arguments)
     from .cpu import CpuBackend
 
     return CpuBackend(group, topology, **arguments)

@@ -32,14 +32,17 @@ class Backend(ABC):
         comm_stream: the stream that communication runs on.
         runtime: the C++ runtime.
         broken: empty, or why the buffer cannot be used any more.
-        masked: ranks that low-latency calls go on without.
     """
 
     device: torch.device
     comm_stream: Any
     runtime: Any
     broken: str
-    masked: set[int]
+
+    @property
+    def masked(self) -> set[int]:
+        """Ranks that low-latency calls go on without."""
+        return set()
 
     @abstractmethod
     def layout(self, topk_idx: torch.Tensor, num_experts: int) -> Layout:
@@ -106,8 +109,8 @@ class Backend(ABC):
         """Send the tokens; the result's `receive` gets those of the peers."""
         raise self._no_low_latency()
 
-    def low_latency_combine(self, request: LowLatencyCombineRequest) -> tuple[torch.Tensor, Callable[[], None]]:
-        """Send rows back; returns the sums, and what receives them."""
+    def low_latency_combine(self, request: LowLatencyCombineRequest) -> tuple[torch.Tensor, Callable[[], None] | None]:
+        """Send rows back; returns the sums, and what receives them; None: nothing is left to be done."""
         raise self._no_low_latency()
 
     def receive_now(self, receive: Callable[[], None]) -> None:
@@ -129,6 +132,10 @@ class Backend(ABC):
     def check_nothing_unreceived(self) -> None:
         """Refuse what needs all sends received."""
         raise self._no_low_latency()
+
+    def write_masks(self, mask_status: torch.Tensor) -> None:
+        """Fill `mask_status`, `[R] int32`, with 1 for masked ranks and 0 for others."""
+        mask_status.copy_(torch.tensor([int(rank in self.masked) for rank in range(len(mask_status))]))
 
     def set_mask(self, rank: int, mask: bool) -> None:
         """Mask a rank at once, or unmask it in the next `clean_low_latency`."""

@@ -119,12 +119,15 @@ class CombineRequest:
 
 @dataclass
 class LowLatencyDispatchRequest:
-    """A `low_latency_dispatch`."""
+    """A `low_latency_dispatch`. Tensors that are contiguous here need not be on CUDA, where a copy is part of the call.
+
+    `layout` is None on CUDA: the kernels look at the indices.
+    """
 
     x: torch.Tensor  # [T, H] bf16
     topk_idx: torch.Tensor  # [T, K] int64, contiguous
     topk_weights: torch.Tensor | None  # [T, K] float32, contiguous
-    layout: Layout
+    layout: Layout | None
     num_max_tokens: int  # M
     num_experts: int
     recv_stats: torch.Tensor | None  # [L] int32
@@ -154,8 +157,8 @@ class LowLatencyCombineRequest:
     """A `low_latency_combine`; `x` is the handle's staging buffer in a zero-copy one."""
 
     x: torch.Tensor  # [L, M*R, H] bf16, contiguous
-    topk_idx: torch.Tensor  # [T, K] int64, contiguous
-    topk_weights: torch.Tensor  # [T, K] float32, contiguous
+    topk_idx: torch.Tensor  # [T, K] int64, contiguous (as in a dispatch)
+    topk_weights: torch.Tensor  # [T, K] float32, contiguous (as in a dispatch)
     handle: LowLatencyHandle
     use_logfmt: bool
     out: torch.Tensor | None  # [T, H] bf16, contiguous
@@ -201,4 +204,4 @@ class LowLatencyDispatchResult:
     recv_scales: torch.Tensor | None
     recv_count: torch.Tensor
     handle: LowLatencyHandle
-    receive: Any  # Callable[[], None]
+    receive: Any  # Callable[[], None]; None: nothing is left to be done

@@ -32,6 +32,7 @@ from ...handles import LowLatencyHandle
 from ...messenger import Bytes, PeersMissing, Purpose, keep_forever
 from ..addresses import address
 from ..base import Backend
+from ..masks import agree_on_masks
 from ..requests import (
     OPERATIONS,
     CombineRequest,
@@ -48,7 +49,6 @@ from .announcement import HEADER_BYTES, Announcement
 from .combine import combine
 from .dispatch import dispatch
 from .low_latency import LowLatency
-from .masks import agree_on_masks
 from .passes import packet_shapes, plan_passes
 
 
@@ -141,7 +141,7 @@ class CpuBackend(Backend):
         self.messenger = group.messenger
         self.epoch = 0
         self.passes = 0
-        self.masked: set[int] = set()
+        self._masked: set[int] = set()
         self.unmasking: set[int] = set()
         # Rank and epoch of calls that went on without a masked rank. Limited: a rank may never come back.
         self.skipped: deque[tuple[int, int]] = deque(maxlen=10_000)
@@ -250,6 +250,11 @@ class CpuBackend(Backend):
         if len(self.low_latency.pending):
             raise ArgumentError(f"{len(self.low_latency.pending)} sends are unreceived; call their hooks first")
 
+    @property
+    def masked(self) -> set[int]:
+        """Ranks that low-latency calls go on without."""
+        return self._masked
+
     def set_mask(self, rank: int, mask: bool) -> None:
         """Mask a rank at once, or unmask it in the next `clean_low_latency`."""
         if mask:
@@ -261,7 +266,7 @@ class CpuBackend(Backend):
     def clean_low_latency(self, agreed: dict[str, int]) -> None:
         """Agree on masks and on the epoch, among the ranks that are not masked or about to be unmasked."""
         if self.enable_shrink:
-            agree_on_masks(self, agreed)
+            self._agree_on_masks(agreed)
             return
         call = self.start("clean_low_latency_buffer", agreed)
         self.send_call(call, {rank: self.message(call, (), 0) for rank in self.peers})
@@ -270,9 +275,41 @@ class CpuBackend(Backend):
     def reject_cleaning(self, error: Exception) -> None:
         """Take part in a `clean_low_latency` whose arguments this rank rejects."""
         if self.enable_shrink:
-            agree_on_masks(self, {}, str(error) or type(error).__name__)
+            self._agree_on_masks({}, str(error) or type(error).__name__)
         else:
             self.reject("clean_low_latency_buffer", error)
+
+    def _agree_on_masks(self, agreed: dict[str, int], rejection: str = "") -> None:
+        agreement = agree_on_masks(
+            self.messenger,
+            self.rank,
+            self.num_ranks,
+            self.timeout,
+            masked=self.masked - self.unmasking,
+            epoch=self.epoch,
+            agreed=agreed,
+            rejection=rejection,
+        )
+        self.unmasking.clear()
+        self._masked = agreement.masked
+        if agreement.missing:
+            name = "clean_low_latency_buffer"
+            raise self.time_out(name, agreement.missing, "an agreement on the masks", breaks=False)
+        self.epoch = agreement.epoch
+        self._drop_skipped({rank: ballot.epoch for rank, ballot in agreement.ballots.items()})
+        agreement.compare(self.rank)
+
+    def _drop_skipped(self, epochs: dict[int, int]) -> None:
+        """Drop what ranks that are back sent while they were masked: nobody received it, and it came before they voted.
+
+        `epochs`: of the last call of every rank that voted.
+        """
+        for rank, last in epochs.items():
+            dropped = [epoch for skipped, epoch in self.skipped if skipped == rank and epoch <= last]
+            self.messenger.drop_now(rank, Purpose.CALL, dropped)
+        still_masked = [item for item in self.skipped if item[0] in self.masked]
+        self.skipped.clear()
+        self.skipped.extend(still_masked)
 
     def local_memory(self, use_rdma_buffer: bool) -> torch.Tensor:
         """All bytes of this rank's window, or of its network buffer."""

@@ -125,6 +125,7 @@ class LowLatency:
 
     def dispatch(self, request: LowLatencyDispatchRequest) -> LowLatencyDispatchResult:
         """Send the tokens; the result's `receive` fills its tensors."""
+        assert request.layout is not None
         begin = time.perf_counter()
         backend = self._backend
         call = backend.start("low_latency_dispatch", request.agreed())
@@ -174,6 +175,7 @@ class LowLatency:
     def _allocate(
         self, call: Call, request: LowLatencyDispatchRequest, shape: _C.PacketShape
     ) -> LowLatencyDispatchResult:
+        assert request.layout is not None
         num_ranks = self._backend.num_ranks
         num_tokens, hidden = request.x.shape
         local, rows = request.num_experts // num_ranks, request.num_max_tokens * num_ranks

@@ -8,18 +8,20 @@ it.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ... import _C
-from ...bootstrap import Group, Topology, connect
+from ...bootstrap import Group, Topology, connect, difference
 from ...errors import ArgumentError, BootstrapError, Error, PeerTimeoutError, UnavailableError
 from ...events import EventOverlap
+from ...handles import LowLatencyHandle
 from ...messenger import keep_forever
 from ..base import Backend
 from ..requests import (
@@ -29,12 +31,18 @@ from ..requests import (
     DispatchRequest,
     DispatchResult,
     Layout,
+    LowLatencyCombineRequest,
+    LowLatencyDispatchRequest,
+    LowLatencyDispatchResult,
     StreamArguments,
 )
 from .combine import combine
 from .device import choose_device, make_current, shares_gpus
 from .dispatch import Entered, dispatch, launch_layout
+from .low_latency import LowLatency
+from .masks import Masks
 from .pool import Pool, WindowMemory
+from .region import FORCE_PUTS_VARIABLE, Region
 from .reports import to_error
 from .streams import Lane
 
@@ -42,8 +50,13 @@ from .streams import Lane
 LINK_RATE_VARIABLE = "HPC_MOE_NVLINK_GB_PER_S"
 # Test-only: the kernels that GPUs without bulk copies (before sm_90) run.
 NO_BULK_VARIABLE = "HPC_MOE_TEST_NO_BULK_COPIES"
+# Test-only: up to how many bytes low-latency rows are tagged; 0: never.
+_TAGGED_BYTES_VARIABLE = "HPC_MOE_TEST_TAGGED_BYTES"
 # Stress builds only: a seed for random delays, and a rule of the protocol to break.
 _SEED_VARIABLE, _MUTATION_VARIABLE = "HPC_MOE_TEST_STRESS_SEED", "HPC_MOE_TEST_MUTATION"
+_LOW_LATENCY_OPERATIONS = OPERATIONS[2:4]
+
+T = TypeVar("T")
 
 
 def _link_rate() -> int:
@@ -53,6 +66,11 @@ def _link_rate() -> int:
     if not (wish.isdecimal() and int(wish) <= 1_000_000):
         raise ArgumentError(f"{LINK_RATE_VARIABLE} must be a whole number of GB/s, 0 for no limit; got {wish!r}")
     return int(wish)
+
+
+def _short_text(error: Exception) -> str:
+    """What an error says, as far as a kernel's text has room for it: some 380 bytes."""
+    return (str(error) or type(error).__name__).encode()[:380].decode(errors="ignore")
 
 
 @dataclass
@@ -78,16 +96,16 @@ class CudaBackend(Backend):
         num_rdma_bytes: int,
         low_latency_mode: bool,
         enable_shrink: bool,
+        network: Mapping[str, Any],
         timeout: float,
     ) -> None:
         self.group, self.topology = group, topology
         self.rank, self.num_ranks = group.rank, group.size
         self.num_nvl_bytes = num_nvl_bytes
         self.timeout = timeout
-        self.masked: set[int] = set()
         self.broken = ""
         with group.step("choosing the GPU"):
-            self._refuse_what_is_missing(low_latency_mode)
+            self._refuse_what_is_missing()
             self.device = torch.device("cuda", choose_device(device, topology))
             torch.cuda.init()
             self.memory = torch.cuda.get_device_properties(self.device).total_memory
@@ -102,8 +120,12 @@ class CudaBackend(Backend):
             if hasattr(self, "runtime"):  # another rank failed; nobody has been given a handle to this memory
                 self.runtime.free()
             raise
+        self.low_latency: LowLatency | None = None
+        self.masks: Masks | None = None  # with enable_shrink
         try:
-            connect(group, topology, self.runtime, low_latency_mode)
+            connect(group, topology, self.runtime, False)
+            if low_latency_mode:
+                self.low_latency = LowLatency(self, self._make_region(num_rdma_bytes, enable_shrink, network))
         except (ArgumentError, BootstrapError, UnavailableError):
             self.runtime.close_peers()  # all ranks are here: a step fails on all or on none
             with group.step("closing windows"):
@@ -115,7 +137,10 @@ class CudaBackend(Backend):
         )
         self.comm_stream = torch.cuda.Stream(self.device, priority=-1)
         self.epoch = 0
-        self.counters = {name: Counter() for name in OPERATIONS[:2]}
+        self.counters = {name: Counter() for name in OPERATIONS[:4]}
+        self._comm_stream_is_ahead = False
+        # Has waited for the communication stream, but for what is ahead; only known where there are low-latency calls.
+        self._last_caller: torch.cuda.Stream | None = None
         self._agreed_names: dict[str, list[str]] = {}
         self._pending: Error | None = None
         self.entered = Entered.NOTHING
@@ -139,11 +164,24 @@ class CudaBackend(Backend):
         except ValueError as error:
             raise ArgumentError(str(error)) from None
 
-    def _refuse_what_is_missing(self, low_latency_mode: bool) -> None:
-        if low_latency_mode:
-            raise UnavailableError(
-                "low_latency_mode: low-latency calls run on CPU tensors only, so far; use device='cpu'"
-            )
+    def _make_region(self, num_rdma_bytes: int, enable_shrink: bool, network: Mapping[str, Any]) -> Region:
+        """The region: `num_rdma_bytes`, and in front of them what users must not write: flags, numbers, tagged rows."""
+        # The size hint has no room for outboxes; each is smaller than it.
+        outboxes = num_rdma_bytes * (self.num_ranks - 1) if os.environ.get(FORCE_PUTS_VARIABLE) == "1" else 0
+        num_bytes = _C.LOW_LATENCY_FIXED_BYTES + num_rdma_bytes + outboxes
+        region = Region(self.group, self.device, num_bytes, **network)
+        most_tagged_bytes = int(os.environ.get(_TAGGED_BYTES_VARIABLE, "-1"))
+        with self.group.step("preparing low-latency calls"):  # all have cleared theirs when it ends
+            self.runtime.set_regions(region.addresses, region.num_bytes, most_tagged_bytes, enable_shrink)
+            if region.put_ranks:
+                library: Any = region.world.library
+                bits = sum(1 << r for r in region.put_ranks)
+                self.runtime.set_puts(bits, list(range(self.num_ranks)), library.low_latency_launchers())
+        if enable_shrink:
+            self.masks = Masks(self)
+        return region
+
+    def _refuse_what_is_missing(self) -> None:
         if self.topology.num_nodes > 1:
             raise UnavailableError(
                 f"device='cuda': {self.topology.num_nodes} nodes; on CUDA all ranks must be on one node, so far"
@@ -171,6 +209,9 @@ class CudaBackend(Backend):
         return counted.layout, self.known_event(lane.event)
 
     def check_normal(self, request: DispatchRequest | CombineRequest) -> None:
+        masked = set() if torch.cuda.is_current_stream_capturing() else self.masked
+        if masked:
+            raise UnavailableError(f"ranks {sorted(masked)} are masked; only low-latency calls go on without them")
         if isinstance(request, DispatchRequest):
             top_k = request.handle.top_k if request.handle else 0
             top_k = top_k if request.topk_idx is None else request.topk_idx.shape[1]
@@ -209,18 +250,107 @@ class CudaBackend(Backend):
             )
 
     def dispatch(self, request: DispatchRequest) -> DispatchResult:
-        with self._call("dispatch", request):
-            result = dispatch(self, request)
-        return result
+        return self._call("dispatch", request, lambda: dispatch(self, request))
 
     def combine(self, request: CombineRequest) -> CombineResult:
-        with self._call("combine", request):
-            result = combine(self, request)
-        return result
+        return self._call("combine", request, lambda: combine(self, request))
 
-    @contextlib.contextmanager
-    def _call(self, name: str, request: DispatchRequest | CombineRequest) -> Iterator[None]:
-        """Count the call; when it has taken part, raise what an earlier one is known to have run into."""
+    # --- low-latency calls ---------------------------------------------------------------------------------------
+
+    def _low_latency(self) -> LowLatency:
+        if self.low_latency is None:
+            raise self._no_low_latency()
+        return self.low_latency
+
+    def low_latency_dispatch(self, request: LowLatencyDispatchRequest) -> LowLatencyDispatchResult:
+        return self._call("low_latency_dispatch", request, lambda: self._low_latency().dispatch(request))
+
+    def low_latency_combine(self, request: LowLatencyCombineRequest) -> tuple[torch.Tensor, Callable[[], None] | None]:
+        return self._call("low_latency_combine", request, lambda: self._low_latency().combine(request))
+
+    def receive_now(self, receive: Callable[[], None]) -> None:
+        receive()
+
+    def staging_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
+        return self._low_latency().staging_buffer(handle)
+
+    def check_routing(self, request: LowLatencyCombineRequest) -> None:
+        self._low_latency().check_routing(request)
+
+    def check_unreceived(self, later: bool) -> None:
+        self._low_latency().check_unreceived(later)
+
+    def check_nothing_unreceived(self) -> None:
+        self._low_latency().check_nothing_unreceived()
+
+    def clean_low_latency(self, agreed: dict[str, int]) -> None:
+        """Agree on masks, or compare the arguments: there is nothing to clean."""
+        if self.masks is not None:
+            self.masks.agree(agreed)
+        else:
+            self._compare_cleaning({"agreed": agreed})
+
+    def reject_cleaning(self, error: Exception) -> None:
+        if self.low_latency is None:  # all ranks reject it alike
+            return
+        with contextlib.suppress(ArgumentError):  # this rank has its own to raise
+            if self.masks is not None:
+                self.low_latency.receive_all()  # calls are counted anew behind it
+                self.masks.agree({}, _short_text(error))
+            else:
+                self._compare_cleaning({"rejection": _short_text(error)})
+
+    @property
+    def masked(self) -> set[int]:
+        """Ranks that low-latency calls go on without. Waits for the GPU, which masks them."""
+        return set() if self.masks is None else self.masks.now()
+
+    def write_masks(self, mask_status: torch.Tensor) -> None:
+        if self.masks is not None:
+            self.masks.write(mask_status)
+
+    def set_mask(self, rank: int, mask: bool) -> None:
+        if self.masks is not None:
+            self.masks.set(rank, mask)
+
+    def _compare_cleaning(self, own: dict[str, Any]) -> None:
+        name = "clean_low_latency_buffer"
+        try:
+            said = [
+                json.loads(data.rstrip(b"\0"))
+                for data in self.group.exchange(name, 1000, lambda: json.dumps(own, ensure_ascii=False).encode())
+            ]
+        except PeerTimeoutError as error:
+            self.broken = f"{name}: {error}"
+            raise PeerTimeoutError(self.broken, operation=name, rank=self.rank, peers=error.peers) from None
+        rejections = [
+            f"rank {r} rejected its arguments: {o['rejection']}" for r, o in enumerate(said) if "rejection" in o
+        ]
+        if rejections:
+            raise ArgumentError("; ".join(rejections))
+        for key in said[0]["agreed"]:
+            values = {rank: other["agreed"][key] for rank, other in enumerate(said)}
+            if len(set(values.values())) > 1:
+                raise ArgumentError(difference(key, values))
+
+    def join_comm_stream(self, stream: torch.cuda.Stream) -> None:
+        """Make a stream wait for calls on the communication stream, unless it has done so.
+
+        Two calls at once could wait for ever: each for SMs that the other one holds, on different ranks in other order.
+        """
+        if torch.cuda.is_current_stream_capturing():
+            return
+        if self._comm_stream_is_ahead or self._last_caller not in (None, stream):
+            stream.wait_stream(self.comm_stream)
+            self._comm_stream_is_ahead, self._last_caller = False, stream
+
+    def _call(
+        self,
+        name: str,
+        request: DispatchRequest | CombineRequest | LowLatencyDispatchRequest | LowLatencyCombineRequest,
+        make: Callable[[], T],
+    ) -> T:
+        """Count the call and make it; when it has taken part, raise what an earlier one is known to have run into."""
         self.epoch += 1
         if name not in self._agreed_names:
             self._agreed_names[name] = list(request.agreed())
@@ -228,7 +358,7 @@ class CudaBackend(Backend):
         pending = self._take_pending()
         self.entered, self._told = Entered.NOTHING, False
         try:
-            yield
+            result = make()
         except Exception as error:  # no memory for the results, say
             self._pending = self._pending or pending
             if self.entered in (Entered.NOTHING, Entered.EXCHANGE):
@@ -238,24 +368,29 @@ class CudaBackend(Backend):
         if self.entered is Entered.ALL_AND_WAITED:  # what earlier calls ran into is known now, on all ranks alike
             pending = pending or self._take_pending()
         if pending is not None:
+            if name in _LOW_LATENCY_OPERATIONS:
+                self._low_latency().receive_all()  # the caller does not get the hook of this call
             raise pending
+        return result
 
     def is_in_step(self, error: BaseException) -> bool:
         told, self._told = self._told, False
         return told or super().is_in_step(error)
 
     def reject(self, name: str, error: Exception) -> None:
-        if name in OPERATIONS[:2]:
+        if name in _LOW_LATENCY_OPERATIONS and self.low_latency is None:
+            return  # all ranks reject it alike, and there is nothing to tell them through
+        if name in OPERATIONS[:4]:
             self.epoch += 1
             self._tell(name, error, False)
 
     def _tell(self, name: str, error: Exception, behind_exchange: bool) -> None:
         """Take this rank's part in a call, or in what is left of it, by telling the others that it cannot."""
-        text = str(error) or type(error).__name__
+        text, index = _short_text(error), OPERATIONS.index(name)
+        if name in _LOW_LATENCY_OPERATIONS:
+            self._low_latency().reject(index, text)
+            return
         with self.lane(StreamArguments()) as lane:
-            # A kernel's text has room for some 380 bytes.
-            text = text.encode()[:380].decode(errors="ignore")
-            index = OPERATIONS.index(name)
             self.runtime.launch_reject(index, text, behind_exchange, lane.stream.cuda_stream)
 
     def known_event(self, event: EventOverlap) -> EventOverlap:
@@ -267,7 +402,11 @@ class CudaBackend(Backend):
         self.entered = entered
 
     def lane(self, streams: StreamArguments) -> Lane:
-        """The streams of a call."""
+        """The streams of a normal call, which comes behind the low-latency ones before it."""
+        self._comm_stream_is_ahead |= streams.async_finish
+        if self.low_latency is not None and not torch.cuda.is_current_stream_capturing():
+            self._last_caller = torch.cuda.current_stream(self.device)
+            self.low_latency.join(self.comm_stream)
         return Lane(self.comm_stream, streams)
 
     # --- errors --------------------------------------------------------------------------------------------------
@@ -314,6 +453,8 @@ class CudaBackend(Backend):
         self.group.limit = self.timeout
 
     def local_memory(self, use_rdma_buffer: bool) -> torch.Tensor:
+        if use_rdma_buffer and self.low_latency is not None:
+            return self.low_latency.region.memory()[_C.LOW_LATENCY_FIXED_BYTES :]
         if use_rdma_buffer or self.num_nvl_bytes == 0:
             return torch.empty(0, dtype=torch.uint8, device=self.device)
         memory = WindowMemory(self.runtime.window, self.runtime.control_bytes, self.num_nvl_bytes)
@@ -323,7 +464,7 @@ class CudaBackend(Backend):
         torch.cuda.synchronize(self.device)
         found = {}
         for index, (name, counter) in enumerate(self.counters.items()):
-            passes, last = self.runtime.passes(index)
+            passes, last = self.runtime.passes(index) if index < 2 else (counter.calls, 1)
             found[name] = {**vars(counter), "passes": passes, "last_passes": last}
         return found
 
@@ -334,6 +475,8 @@ class CudaBackend(Backend):
         try:
             torch.cuda.synchronize(self.device)  # kernels end within their own limits
             self._raise_timeout()
+            if self.masked:
+                raise UnavailableError("ranks are masked")
             with self.group.step("Buffer.destroy"):
                 pass
             self.runtime.close_peers()
@@ -343,6 +486,8 @@ class CudaBackend(Backend):
             self.abandon()
             return False
         pending = self._take_pending()
+        if self.low_latency is not None:
+            self.low_latency.region.free()
         self.runtime.free()
         self.pool = None  # its tensors keep the window, as long as they live
         self.group.comm.Free()
@@ -352,4 +497,6 @@ class CudaBackend(Backend):
 
     def abandon(self) -> None:
         self.runtime.abandon()
+        if self.low_latency is not None:
+            self.low_latency.region.abandon()
         keep_forever(self.runtime, self.group)

@@ -66,7 +66,8 @@ def can_all_use_cuda(group: Group, topology: Topology, low_latency_mode: bool) -
     """Whether every rank has a GPU of its own and the CUDA runtime can serve this buffer. Collective."""
 
     def describe() -> bytes:
-        usable = hasattr(_C, "CudaRuntime") and not low_latency_mode and topology.num_nodes == 1
+        has_calls = not low_latency_mode or bool(_C.nvshmem_build_version)
+        usable = hasattr(_C, "CudaRuntime") and has_calls and topology.num_nodes == 1
         if not usable or group.size > _C.CUDA_MAX_RANKS or not torch.cuda.is_available():
             return b""
         try:

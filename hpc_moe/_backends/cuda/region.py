@@ -1,0 +1,79 @@
+"""`Region`: the symmetric memory of a buffer's low-latency calls, and where every rank's lies."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from ... import nvshmem_env
+from ...bootstrap import Group
+from .nvshmem import World, join
+
+# Test-only: "1" has all peers reached by puts, also over NVLink.
+FORCE_PUTS_VARIABLE = "HPC_MOE_TEST_FORCE_PUTS"
+
+
+class _Memory:
+    """Bytes as torch takes them (the CUDA array interface)."""
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__: dict[str, Any] = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 2,
+        }
+
+
+class Region:
+    """`num_bytes` of symmetric memory on each rank of a group. Construction is collective: all fail, or none.
+
+    Attributes:
+        num_bytes: of each rank.
+        addresses: of every rank's, as this process sees it; this rank's own for those in `put_ranks`.
+        put_ranks: ranks that are reached through NVSHMEM's puts, not by stores.
+    """
+
+    def __init__(self, group: Group, device: torch.device, num_bytes: int, **plan_arguments: Any) -> None:
+        def make_plan(version: nvshmem_env.Version, environ: Any) -> nvshmem_env.Plan:
+            fabric = nvshmem_env.detect_fabric(nvshmem_version=version, environ=environ)
+            return nvshmem_env.plan(environ=environ, fabric=fabric, low_latency_mode=True, **plan_arguments)
+
+        self._group, self._device, self.num_bytes = group, device, num_bytes
+        self.world: World = join(group, range(group.size), device=device.index, make_plan=make_plan)
+        library: Any = self.world.library
+        with group.step("allocating symmetric memory"), torch.cuda.device(device):
+            self._address: int = library.malloc(num_bytes)
+        with group.step("looking for the peers' symmetric memory"):
+            self.addresses = [library.ptr(self._address, pe) for pe in range(group.size)]
+            # Now, not when it is first asked for: that may be under graph capture.
+            self._memory: torch.Tensor | None = torch.as_tensor(_Memory(self._address, num_bytes), device=device)
+        self.put_ranks = self._find_put_ranks()
+        # Nobody writes to these addresses; but what lies where is computed from them.
+        self.addresses = [self._address if r in self.put_ranks else a for r, a in enumerate(self.addresses)]
+
+    def _find_put_ranks(self) -> set[int]:
+        """Ranks that this GPU cannot write to, or that cannot write to it: both use puts then. Collective."""
+        rank, forced = self._group.rank, os.environ.get(FORCE_PUTS_VARIABLE) == "1"
+        own = bytes(int(r != rank and (forced or address == 0)) for r, address in enumerate(self.addresses))
+        everybody = self._group.exchange("agreeing on who is reached how", len(own), lambda: own)
+        return {r for r in range(self._group.size) if r != rank and (own[r] or everybody[r][rank])}
+
+    def memory(self) -> torch.Tensor:
+        """This rank's bytes, `[num_bytes] uint8`. Not to be used once they are freed."""
+        assert self._memory is not None, "the region was freed"
+        return self._memory
+
+    def free(self) -> None:
+        """Let go of it. Collective; no kernel may use it any more."""
+        library: Any = self.world.library
+        self._memory = None
+        with torch.cuda.device(self._device):
+            library.free(self._address)
+        self.world.release(self._group)
+
+    def abandon(self) -> None:
+        """Never free it: a peer was lost. Local."""
+        self.world.abandon()
