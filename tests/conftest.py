@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
@@ -44,6 +44,23 @@ def comm() -> MPI.Intracomm:
     from mpi4py import MPI
 
     return MPI.COMM_WORLD
+
+
+@pytest.fixture(scope="session")
+def low_latency_world(comm: MPI.Intracomm) -> Iterator[None]:
+    """On CUDA, a low-latency buffer that lives as long as the tests: NVSHMEM does not start twice in a process.
+
+    It is on all ranks of the world, and so must the others be. Collective where it is first used.
+    """
+    from support import DEVICE, HAS_LOW_LATENCY, ON_CUDA, TIMEOUT_S
+
+    from hpc_moe import Buffer
+
+    if not (ON_CUDA and HAS_LOW_LATENCY):
+        yield
+        return
+    with Buffer(comm, low_latency_mode=True, device=str(DEVICE), timeout=TIMEOUT_S):
+        yield
 
 
 Mpirun = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -222,8 +239,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: Sequence[pytest.Item]) -> None:
-    """A test that uses `comm` is an MPI test; one that starts mpirun itself cannot run under mpirun."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A test that uses `comm` is an MPI test; one that starts mpirun itself cannot run under mpirun.
+
+    Those marked `last` come last.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("last") is not None)
     for item in items:
         if "comm" in getattr(item, "fixturenames", ()) and item.get_closest_marker("mpi") is None:
             item.add_marker(pytest.mark.mpi)

@@ -7,6 +7,7 @@ that need neither `Buffer` nor the reference.
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 import traceback
@@ -19,6 +20,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 from mpi4py import MPI
 
+from hpc_moe import _C
 from hpc_moe.testing.reference import Bounded
 
 if TYPE_CHECKING:
@@ -55,7 +57,12 @@ DEVICE = _choose_device()
 ON_CUDA = DEVICE.type == "cuda"
 IS_SHARING = ON_CUDA and os.environ.get(SHARE_GPUS) == "1"
 
-needs_low_latency = pytest.mark.skipif(ON_CUDA, reason="not on CUDA yet: low-latency calls")
+# On CUDA, what has low-latency buffers uses the fixture `low_latency_world` (conftest.py), too.
+HAS_LOW_LATENCY = not ON_CUDA or bool(_C.nvshmem_build_version)
+
+needs_low_latency = pytest.mark.skipif(
+    not HAS_LOW_LATENCY, reason="low-latency calls on CUDA need a build with NVSHMEM"
+)
 needs_nodes = pytest.mark.skipif(ON_CUDA, reason="not on CUDA yet: several nodes")
 cpu_runtime_only = pytest.mark.skipif(ON_CUDA, reason="about the CPU runtime, or a ReferenceBuffer")
 cuda_only = pytest.mark.skipif(not ON_CUDA, reason="needs HPC_MOE_TEST_DEVICE=cuda")
@@ -98,9 +105,23 @@ def promptly(call: Callable[[], object], kind: type[Exception], pending_in: Buff
 
 def waits(call: str, arguments: dict[str, Any]) -> bool:
     """Whether the CPU waits in this call for the other ranks, and so learns of their errors at once."""
-    if not ON_CUDA:
+    if not ON_CUDA or call == "clean_low_latency_buffer":
         return True
     return call == "dispatch" and arguments.get("handle") is None and not arguments.get("num_worst_tokens")
+
+
+def sleep() -> None:
+    """Keep the current CUDA stream busy for some 20 ms."""
+    torch.cuda._sleep(40_000_000)  # clock cycles
+
+
+@contextmanager
+def capturing(**options: Any) -> Iterator[torch.cuda.CUDAGraph]:
+    """Captures a graph. If Python's collector found the graph of an earlier test meanwhile, that would fail."""
+    gc.collect()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, **options):
+        yield graph
 
 
 # --- comparisons -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 
 import pytest
 from mpi4py import MPI
-from support import DEVICE, cpu_runtime_only, needs_low_latency, needs_nodes
+from support import DEVICE, cpu_runtime_only, needs_nodes
 
 import hpc_moe
 from hpc_moe import ArgumentError, BootstrapError, Buffer, UnavailableError
@@ -76,7 +76,7 @@ def test_cyclic_placement(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) 
         assert buffer.runtime.get_root_rdma_rank() == (0, 0, 2, 2)[comm.rank]
 
 
-@needs_low_latency
+@needs_nodes
 @pytest.mark.mpi
 def test_the_root_of_a_low_latency_world_is_rank_0(comm: MPI.Intracomm) -> None:
     with Buffer(

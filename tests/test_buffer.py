@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from mpi4py import MPI
-from support import DEVICE, ON_CUDA, needs_low_latency, needs_nodes, to_device
+from support import DEVICE, HAS_LOW_LATENCY, ON_CUDA, needs_low_latency, needs_nodes, to_device
 
 import hpc_moe
-from hpc_moe import ArgumentError, Buffer, Config, EventOverlap, UnavailableError
-from hpc_moe.config import minimum_nvl_bytes
+from hpc_moe import _C, ArgumentError, Buffer, Config, EventOverlap, UnavailableError
+from hpc_moe.config import low_latency_staging_bytes, minimum_nvl_bytes
 from hpc_moe.testing import make_topk_idx, make_topk_weights
 
 HIDDEN = 256
@@ -26,10 +27,10 @@ def make_buffer(comm: MPI.Intracomm, num_nvl_bytes: int = 0, **arguments: Any) -
 
 
 @pytest.fixture
-def both_modes(comm: MPI.Intracomm) -> Iterator[Buffer]:
-    """A buffer for normal and for low-latency calls, of 4 experts a rank. (On CUDA, for normal ones only so far.)"""
+def both_modes(comm: MPI.Intracomm, low_latency_world: None) -> Iterator[Buffer]:
+    """A buffer for normal and, where there are any, for low-latency calls, of 4 experts a rank."""
     num_bytes = Buffer.get_low_latency_rdma_size_hint(M, HIDDEN, comm.size, 4 * comm.size)
-    low_latency = {} if ON_CUDA else {"num_rdma_bytes": num_bytes, "low_latency_mode": True}
+    low_latency = {"num_rdma_bytes": num_bytes, "low_latency_mode": True} if HAS_LOW_LATENCY else {}
     with make_buffer(comm, **low_latency) as buffer:
         yield buffer
 
@@ -133,7 +134,21 @@ def test_size_hints_grow_with_what_they_depend_on() -> None:
     assert config.get_nvl_buffer_size_hint(8192, 8) > config.get_nvl_buffer_size_hint(4096, 8)
     assert config.get_rdma_buffer_size_hint(4096, 8) > config.get_rdma_buffer_size_hint(4096, 4)
     # Two staging buffers [E / R, M * R, H] bf16.
-    assert Buffer.get_low_latency_rdma_size_hint(128, 7168, 8, 256) == 2 * 256 * 128 * 7168 * 2
+    staging, row = 256 * 128 * 7168 * 2, 14 * 1664  # a row of 14336 bytes travels in 14 chunks
+    packets, rows = 8 * 128 * (256 + row), 16 * 128 * row
+    hint = Buffer.get_low_latency_rdma_size_hint(128, 7168, 8, 256)
+    assert hint == 2 * (staging + packets + rows + 3 * 4096)
+
+
+@pytest.mark.skipif(not _C.cuda_archs, reason="this build has no CUDA")
+def test_a_low_latency_hint_has_room() -> None:
+    """For what travels on CUDA, and for two staging buffers behind it, each from a page on."""
+    for most, hidden, ranks, local, top_k in itertools.product(
+        (1, 33, 4096), (128, 896, 7168), (1, 2, 3, 8), (1, 5, 32), (1, 8, 16)
+    ):
+        hint = Buffer.get_low_latency_rdma_size_hint(most, hidden, ranks, ranks * local)
+        staging = low_latency_staging_bytes(most, hidden, ranks * local)
+        assert _C.low_latency_bytes(most, hidden, top_k, ranks) + 2 * staging + 4096 <= hint
 
 
 def test_bad_numbers_for_hints_are_named() -> None:
@@ -159,7 +174,7 @@ def test_set_num_sms() -> None:
 
 @pytest.mark.mpi
 def test_views_of_the_buffer_show_its_memory(both_modes: Buffer) -> None:
-    for use_rdma in (False,) if ON_CUDA else (False, True):
+    for use_rdma in (False, True) if HAS_LOW_LATENCY else (False,):
         whole = both_modes.get_local_buffer_tensor(torch.uint8, use_rdma_buffer=use_rdma)
         assert whole.numel() == (both_modes.num_rdma_bytes if use_rdma else both_modes.num_nvl_bytes)
         offset = whole.numel() // 2
@@ -216,15 +231,17 @@ def test_a_hook_defers_the_receive(both_modes: Buffer) -> None:
     x, topk_idx, weights = tokens(both_modes)
     experts = 4 * both_modes.group_size
     _, expected, _, _, _ = both_modes.low_latency_dispatch(x, topk_idx, M, experts)
-    stats = torch.zeros(4, dtype=torch.int32)
+    stats = torch.zeros(4, dtype=torch.int32, device=DEVICE)
     _, count, handle, _, hook = both_modes.low_latency_dispatch(
         x, topk_idx, M, experts, cumulative_local_expert_recv_stats=stats, return_recv_hook=True
     )
     count.fill_(-1)
-    with pytest.raises(ArgumentError, match="has not been received"):
-        rows = torch.zeros(handle.shape(both_modes.group_size), dtype=torch.bfloat16)
-        both_modes.low_latency_combine(rows, topk_idx, weights, handle)
     assert stats.sum() == 0 and (count == -1).all()
+    with pytest.raises(ArgumentError, match="has not been received"):
+        rows = torch.zeros(handle.shape(both_modes.group_size), dtype=torch.bfloat16, device=DEVICE)
+        both_modes.low_latency_combine(rows, topk_idx, weights, handle)
+    if not ON_CUDA:  # there, a call that is rejected receives what is due before it
+        assert stats.sum() == 0 and (count == -1).all()
     hook()
     assert torch.equal(count, expected) and torch.equal(stats, expected)
     hook()  # once received, it does nothing
@@ -299,10 +316,10 @@ def test_staging_buffers_alternate(both_modes: Buffer) -> None:
         assert buffer.shape == recv_x.shape and buffer.dtype == torch.bfloat16
         buffer.copy_(recv_x)
         staged.append((buffer, handle))
-    _, _, smaller, _, _ = both_modes.low_latency_dispatch(x[:2], topk_idx[:2], M // 4, experts, use_fp8=False)
-    assert both_modes.get_next_low_latency_combine_buffer(smaller).data_ptr() == staged[0][0].data_ptr()
-    _, _, smaller, _, _ = both_modes.low_latency_dispatch(x[:2], topk_idx[:2], M // 4, experts, use_fp8=False)
-    assert both_modes.get_next_low_latency_combine_buffer(smaller).data_ptr() == staged[1][0].data_ptr()
+    for buffer, _ in staged:
+        _, _, smaller, _, _ = both_modes.low_latency_dispatch(x[:2], topk_idx[:2], M // 4, experts, use_fp8=False)
+        again = both_modes.get_next_low_latency_combine_buffer(smaller)
+        assert ON_CUDA or again.data_ptr() == buffer.data_ptr()  # on CUDA, they lie at the end of the memory
     ignored = torch.zeros_like(staged[0][0])
     results = [
         both_modes.low_latency_combine(ignored, topk_idx, weights, handle, zero_copy=True)[0] for _, handle in staged

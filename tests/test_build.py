@@ -176,11 +176,15 @@ def test_an_unusable_nvcc_means_the_cpu_backend(script: str, reason: str, tmp_pa
 def test_nvshmem_is_that_of_nvshmem_dir_or_of_the_wheel(tmp_path: Path) -> None:
     nvcc(tmp_path)
     environ = {"PATH": str(tmp_path)}
+    assert "without hpc_moe._nvshmem" in str(cuda_build.plan(environ))
     for folder in ("packages/nvidia/nvshmem", "own"):
         (tmp_path / folder / "include").mkdir(parents=True)
         (tmp_path / folder / "include" / "nvshmem.h").touch()
     assert cuda_build.plan(environ).nvshmem == str(tmp_path / "packages" / "nvidia" / "nvshmem")
-    assert cuda_build.plan(environ | {"NVSHMEM_DIR": str(tmp_path / "own")}).nvshmem == str(tmp_path / "own")
+    own = cuda_build.plan(environ | {"NVSHMEM_DIR": str(tmp_path / "own")})
+    assert own.nvshmem == str(tmp_path / "own")
+    assert f"hpc_moe._nvshmem, with {own.nvshmem}" in str(own)
+    assert f"-DHPC_MOE_NVSHMEM_DIR={own.nvshmem}" in own.cmake_args()
     with pytest.raises(BuildError, match=r"NVSHMEM_DIR=/nowhere has no include/nvshmem\.h"):
         cuda_build.plan(environ | {"NVSHMEM_DIR": "/nowhere"})
 

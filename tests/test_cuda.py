@@ -18,7 +18,6 @@ import re
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -34,9 +33,11 @@ from support import (
     SHARE_GPUS,
     Buffers,
     Verdict,
+    capturing,
     cuda_only,
     promptly,
     same_on_all_ranks,
+    sleep,
     to_device,
     together,
 )
@@ -56,20 +57,6 @@ BAD_INDEX = 10**6
 
 def make_buffer(comm: MPI.Intracomm, num_nvl_bytes: int = WINDOW_BYTES, **arguments: Any) -> Buffer:
     return Buffer(comm, num_nvl_bytes, **{"device": str(DEVICE), "timeout": 30.0, **arguments})
-
-
-def sleep() -> None:
-    """Keep the current stream busy for some 20 ms."""
-    torch.cuda._sleep(40_000_000)  # clock cycles
-
-
-@contextmanager
-def capturing(**options: Any) -> Iterator[torch.cuda.CUDAGraph]:
-    """Captures a graph. If Python's collector found the graph of an earlier test meanwhile, that would fail."""
-    gc.collect()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, **options):
-        yield graph
 
 
 class Exchange:
@@ -577,8 +564,8 @@ def test_what_the_kernels_do_not_take(comm: MPI.Intracomm, argument: str, expert
 
 
 def test_what_is_not_there_yet(comm: MPI.Intracomm) -> None:
-    with pytest.raises(UnavailableError, match=r"low.latency"):
-        make_buffer(comm, low_latency_mode=True, num_rdma_bytes=1 << 24)
+    with pytest.raises(UnavailableError, match="enable_shrink"):
+        make_buffer(comm, low_latency_mode=True, num_rdma_bytes=1 << 24, enable_shrink=True)
     if comm.Get_size() > 1:
         with pytest.raises(UnavailableError, match="node"):
             make_buffer(comm, ranks_per_node=1)

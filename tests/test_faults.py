@@ -14,7 +14,7 @@ from typing import Any
 
 import launch
 import pytest
-from support import ON_CUDA, needs_low_latency, needs_nodes
+from support import ON_CUDA, cpu_runtime_only, needs_nodes
 
 pytestmark = pytest.mark.launcher
 
@@ -80,17 +80,16 @@ def test_a_rank_that_never_calls_is_named(run: Run, monkeypatch: pytest.MonkeyPa
     check_lost(run("lost_in_calls", "silent:" + ",".join(operations)), operations)
 
 
-@pytest.mark.parametrize("call", ["dispatch", pytest.param("low_latency_combine", marks=needs_low_latency)])
+@pytest.mark.parametrize("call", ["dispatch", pytest.param("low_latency_combine", marks=cpu_runtime_only)])
 def test_a_stopped_rank_is_named(run: Run, call: str) -> None:
     check_lost(run("lost_in_calls", f"stopped:{call}"), {call: call})
 
 
-@pytest.mark.parametrize("call", ["combine", pytest.param("low_latency_dispatch", marks=needs_low_latency)])
+@pytest.mark.parametrize("call", ["combine", pytest.param("low_latency_dispatch", marks=cpu_runtime_only)])
 def test_a_dead_rank_is_named(run: Run, call: str) -> None:
     check_lost(run("lost_in_calls", f"killed:{call}", killed=True), {call: call})
 
 
-@needs_low_latency
 @pytest.mark.parametrize("how", ["silent", "stopped"])
 def test_a_lost_rank_is_masked_and_comes_back(run: Run, how: str) -> None:
     seen = run("shrink", how)

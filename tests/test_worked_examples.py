@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from support import DEVICE, ON_CUDA, TIMEOUT_S, Verdict, needs_low_latency, promptly, to_device, together
+from support import (
+    DEVICE,
+    ON_CUDA,
+    TIMEOUT_S,
+    Verdict,
+    needs_low_latency,
+    promptly,
+    to_device,
+    together,
+)
 
 from hpc_moe import fp8
 from hpc_moe.testing import logfmt
@@ -323,19 +332,21 @@ def test_buffer_normal(page: Page, pair: MPI.Intracomm, ranks_per_node: int) -> 
 
 
 @needs_low_latency
+@pytest.mark.usefixtures("low_latency_world")
 @pytest.mark.mpi(min_size=2)
 def test_buffer_low_latency(page: Page, pair: MPI.Intracomm) -> None:
+    skip_where_nvshmem_runs_on_more_ranks()
     if pair.Get_size() != NUM_RANKS:
         return
     rank = pair.Get_rank()
     with (
-        make_buffer(pair, num_rdma_bytes=1 << 22, low_latency_mode=True) as buffer,
+        make_buffer(pair, num_rdma_bytes=1 << 23, low_latency_mode=True) as buffer,
         together(pair) as verdict,
     ):
         num_max = page.num_max_dispatch_tokens_per_rank
-        topk_idx = page.tensors("topk_idx", torch.int64)[rank]
-        weights = page.tensors("topk_weights", torch.float32)[rank]
-        x, y = page.bf16("x")[rank], page.spread("low_latency_y", num_max)[rank]
+        topk_idx = to_device(page.tensors("topk_idx", torch.int64)[rank])
+        weights = to_device(page.tensors("topk_weights", torch.float32)[rank])
+        x, y = to_device(page.bf16("x")[rank]), to_device(page.spread("low_latency_y", num_max)[rank])
 
         def expect_rows(name: str, actual: torch.Tensor, counts: torch.Tensor, dtype: torch.dtype) -> None:
             for expert, count in enumerate(counts.tolist()):
@@ -355,12 +366,12 @@ def test_buffer_low_latency(page: Page, pair: MPI.Intracomm) -> None:
             combined = buffer.low_latency_combine(y, topk_idx, weights, handle)[0]
             verdict.same("low_latency_combined_x", combined, page.bf16("low_latency_combined_x")[rank])
 
-        fp8_idx = page.tensors("fp8_topk_idx", torch.int64)[rank]
+        fp8_x, fp8_idx = to_device((fp8_tokens(page)[rank], page.tensors("fp8_topk_idx", torch.int64)[rank]))
         for round_scale, prefix in ((False, ""), (True, "rounded_")):
             values = torch.tensor(page.names[f"{prefix}fp8_values"]).flatten()
             scales = torch.tensor(page.names[f"{prefix}fp8_scales"])
             (q, s), count, *_ = buffer.low_latency_dispatch(
-                fp8_tokens(page)[rank],
+                fp8_x,
                 fp8_idx,
                 page.fp8_num_max_dispatch_tokens_per_rank,
                 page.fp8_num_experts,
@@ -372,7 +383,7 @@ def test_buffer_low_latency(page: Page, pair: MPI.Intracomm) -> None:
                 verdict.same(f"{prefix}fp8_values", (q[0, :2].float() + 0.0), expected.float() + 0.0)
                 verdict.same(f"{prefix}fp8_scales", s[0, :2], torch.stack([scales, scales]))
         (q, s), *_ = buffer.low_latency_dispatch(
-            fp8_tokens(page)[rank],
+            fp8_x,
             fp8_idx,
             page.fp8_num_max_dispatch_tokens_per_rank,
             page.fp8_num_experts,
@@ -382,13 +393,31 @@ def test_buffer_low_latency(page: Page, pair: MPI.Intracomm) -> None:
         if rank == 1:
             verdict.same("ue8m0_word", s[0, :2], torch.tensor([[page.ue8m0_word]] * 2, dtype=torch.int32))
 
+
+@pytest.mark.mpi(min_size=2)
+def test_buffer_logfmt(page: Page, pair: MPI.Intracomm) -> None:
+    if pair.Get_size() != NUM_RANKS:
+        return
+    rank = pair.Get_rank()
+    with (
+        make_buffer(pair, num_rdma_bytes=1 << 23, low_latency_mode=True) as buffer,
+        together(pair) as verdict,
+    ):
         num_max = page.logfmt_num_max_dispatch_tokens_per_rank
-        topk_idx = page.tensors("logfmt_topk_idx", torch.int64)[rank]
-        weights = page.tensors("logfmt_topk_weights", torch.float32)[rank]
+        topk_idx = to_device(page.tensors("logfmt_topk_idx", torch.int64)[rank])
+        weights = to_device(page.tensors("logfmt_topk_weights", torch.float32)[rank])
+        handle: LowLatencyHandle
         _, _, handle, _, _ = buffer.low_latency_dispatch(
-            torch.zeros(2, 128).bfloat16(), topk_idx, num_max, page.logfmt_num_experts, use_fp8=False
+            to_device(torch.zeros(2, 128).bfloat16()), topk_idx, num_max, page.logfmt_num_experts, use_fp8=False
         )
         combined = buffer.low_latency_combine(
-            page.spread("logfmt_y", num_max)[rank], topk_idx, weights, handle, use_logfmt=True
+            to_device(page.spread("logfmt_y", num_max)[rank]), topk_idx, weights, handle, use_logfmt=True
         )[0]
         verdict.same("logfmt_combined_x", combined + 0.0, page.bf16("logfmt_combined_x")[rank] + 0.0)
+
+
+def skip_where_nvshmem_runs_on_more_ranks() -> None:
+    from mpi4py import MPI
+
+    if ON_CUDA and MPI.COMM_WORLD.Get_size() > NUM_RANKS:
+        pytest.skip("on CUDA, low-latency buffers of a process are all on the same ranks: here, on those of the world")

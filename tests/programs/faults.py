@@ -6,7 +6,8 @@ so that the launcher ends nobody early, and leave without MPI_Finalize, which wo
 VICTIM is the rank that fails. How (VALUE): `silent` (lives, but does not call), `stopped` (SIGSTOP), `killed` (SIGKILL;
 under `mpirun --continuous`, which leaves the others alone).
 
-With HPC_MOE_TEST_DEVICE=cuda the tensors lie on GPUs, and the buffers have no low-latency mode, which CUDA has not yet.
+With HPC_MOE_TEST_DEVICE=cuda the tensors lie on GPUs, and the buffers have no low-latency mode: there, a process that
+has lost a rank gets no other buffer of that kind (test_cuda_low_latency.py).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ Results = dict[str, Any]
 def make_buffer(**changes: Any) -> Buffer:
     arguments: Results = {"num_nvl_bytes": 2**23 if ON_CUDA else 2**21, "device": str(DEVICE)}
     if not ON_CUDA:
-        arguments |= {"num_rdma_bytes": 2**21, "low_latency_mode": True}
+        arguments |= {"num_rdma_bytes": 2**23, "low_latency_mode": True}
     if "RANKS_PER_NODE" in os.environ:
         arguments["ranks_per_node"] = int(os.environ["RANKS_PER_NODE"])
     return Buffer(comm, **{**arguments, "timeout": TIMEOUT, **changes})

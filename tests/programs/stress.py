@@ -6,7 +6,8 @@
 
 On 2 to 8 ranks, with a GPU each (fewer GPUs are shared, which is slow). `hpc_moe` must be a stress build, which
 `make gpu-stress` makes: its kernels sleep at random, overwrite what they have drained with 0xfd, and can break a rule.
-What the calls are and how they are checked is in stress_calls.py; `--device cpu` tries that part without a GPU.
+What the calls are and how they are checked is in stress_calls.py and stress_low_latency.py; `--device cpu` tries that
+part without a GPU.
 
 What a breaking needs, to be noticed:
 - kFlagBeforeStoresAreDone: that a flag overtakes the row it is about, between two GPUs. A row that is merely under way
@@ -15,6 +16,10 @@ What a breaking needs, to be noticed:
   delays some of its calls on its own stream.
 - kEndWithoutArrivals, kArrivalBeforeAllWarps: results in the pool, and a check right behind the call.
 - kPassWithoutDrain: several passes.
+- kSendWithoutPermission: that a rank sends while a peer has yet to receive the call two before. For that two sends
+  must be unreceived, and the peer be late: its calls and hooks are delayed longer.
+- kRowBeforeFlag, kWordWithoutTag: buffers whose low-latency rows are plain, and tagged. Each window's buffer has a
+  choice of its own.
 """
 
 from __future__ import annotations
@@ -38,6 +43,7 @@ class Mutation(NamedTuple):
     broken: str
     noticed: str
     variables: dict[str, str] = {}  # noqa: RUF012  (of the environment, with which its code is reached most)
+    is_low_latency: bool = False  # only low-latency calls reach it
 
 
 # In the order of enum Mutation in csrc/cuda/device/stress.cuh, without kNone.
@@ -83,6 +89,24 @@ MUTATIONS = [
         "the receiver drains or sums a slot before the row is there; the sender sleeps in between",
         NO_BULK_COPIES,
     ),
+    Mutation(
+        "kSendWithoutPermission",
+        "a low-latency call sends rows before its peers have ended the calls before",
+        "rows of an earlier call are overwritten while they are read: a later call's, or 0xfd",
+        is_low_latency=True,
+    ),
+    Mutation(
+        "kRowBeforeFlag",
+        "low-latency rows that a flag stands for are read without waiting for it",
+        "they are read before they have come: 0xfd, or an earlier call's values",
+        is_low_latency=True,
+    ),
+    Mutation(
+        "kWordWithoutTag",
+        "words of low-latency rows are taken whatever their tag",
+        "they are taken before they have come: 0xfd, or an earlier call's values",
+        is_low_latency=True,
+    ),
 ]
 
 
@@ -105,13 +129,15 @@ class Run(NamedTuple):
 
 def runs(args: argparse.Namespace) -> list[Run]:
     """The kernels as they are, with and without bulk copies; then each mutation."""
-    options = ["--seed", str(args.seed), "--device", args.device]
+    options = ["--seed", str(args.seed), "--device", args.device, *(["--normal"] if args.normal else [])]
     correct = [*options, "--calls", str(args.calls)]
     found = [Run("correct", correct, {}, args.limit)]
     if args.device == "cpu":
         return found
     found.append(Run("correct, without bulk copies", correct, NO_BULK_COPIES, args.limit))
     for mutation in MUTATIONS:
+        if args.normal and mutation.is_low_latency:
+            continue
         mutated = [*correct, "--mutation", mutation.name, "--seconds", str(args.seconds or 15.0)]
         found.append(Run(mutation.name, mutated, mutation.variables, 60.0))
     return found
@@ -170,7 +196,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=0, help="with --all-mutations: how many (default: one per GPU)")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds after which a run is ended as hanging")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    return parser.parse_args()
+    parser.add_argument("--normal", action="store_true", help="no low-latency calls, for which CUDA needs NVSHMEM")
+    args = parser.parse_args()
+    if args.normal and any(one.is_low_latency for one in MUTATIONS if one.name == args.mutation):
+        parser.error(f"--normal: only low-latency calls reach {args.mutation}")
+    return args
 
 
 def main() -> int:
@@ -186,6 +216,7 @@ def main() -> int:
         mutation=number_of(args.mutation),
         limit=args.limit,
         device=args.device,
+        has_low_latency=not args.normal,
         result=RESULT,
     )
 

@@ -23,8 +23,10 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+import stress_low_latency as low_latency
 import torch
 from mpi4py import MPI
+from stress_contents import Named, contents
 
 from hpc_moe import _C, Buffer, Config, DispatchHandle, EventOverlap
 from hpc_moe.config import minimum_nvl_bytes
@@ -38,8 +40,6 @@ KEPT_ROUNDS = 12  # whose results are kept and looked at again, with the tight w
 ROUNDS_IN_FLIGHT = 4  # before the comparisons are read
 ROUNDS_BEFORE_AGREEING = 24  # on going on: that brings the ranks into step, and so must be rare
 SHOWN = 5  # complaints of a rank
-
-Named = dict[str, torch.Tensor | None]
 
 # --- rounds ----------------------------------------------------------------------------------------------------------
 
@@ -71,8 +71,8 @@ class Round:
         return self.num_local_experts * len(self.num_tokens)
 
 
-def draw_round(random: Random, num_ranks: int) -> Round:
-    window = random.choice(WINDOWS)
+def draw_round(random: Random, num_ranks: int, windows: tuple[str, ...]) -> Round:
+    window = random.choice(windows)
     payload = random.choice(("bf16", "bf16", "fp8", "ue8m0"))
     step = 512 if payload == "ue8m0" else 128
     num_local_experts = random.choice((1, 2, 3, 6, 32))
@@ -98,20 +98,6 @@ def draw_round(random: Random, num_ranks: int) -> Round:
         later=tuple(random.choice(("cached", "combine", "combine")) for _ in range(random.randint(0, 6))),
         checks_at_once=random.random() < 0.6,
     )
-
-
-# --- contents --------------------------------------------------------------------------------------------------------
-
-
-def contents(keys: torch.Tensor, width: int, num_bits: int, salt: int) -> torch.Tensor:
-    """`[len(keys), width]` integers of `num_bits` (at most 31), sign included; zeros where the key is 0."""
-    most = 2**31 - 1
-    columns = torch.arange(width, device=keys.device)
-    mixed = (keys * 0x9E3779B1 + salt * 0x85EBCA6B)[:, None] + columns * 0xC2B2AE35
-    mixed = (mixed ^ mixed >> 15) & most
-    mixed = mixed * 0x2C1B3C6D & most
-    mixed = (mixed ^ mixed >> 12) * 0x297A2D39 & most
-    return ((mixed >> (31 - num_bits)) - (1 << num_bits - 1)) * (keys != 0)[:, None]
 
 
 def rows(round: Round, keys: torch.Tensor, salt: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -260,10 +246,11 @@ class Call:
 class Ranks:
     """This rank: its buffers, the calls it makes, and how it agrees with the others on going on."""
 
-    def __init__(self, seed: int, mutation: int, device: torch.device) -> None:
+    def __init__(self, seed: int, mutation: int, device: torch.device, has_low_latency: bool) -> None:
         self.comm, self.device = MPI.COMM_WORLD, device
         self.rank, self.num_ranks = self.comm.Get_rank(), self.comm.Get_size()
         self.mutation = mutation
+        self.has_low_latency = has_low_latency
         self.random = Random(seed)
         self.own_random = Random(f"{seed} {self.rank}")
         self.comparisons = Comparisons()
@@ -274,7 +261,14 @@ class Ranks:
         smallest = minimum_nvl_bytes(self.num_ranks)
         sizes = {"ample": 1 << 26, "tight": smallest + (1 << 22), "minimum": smallest}
         timeout = MUTATED_TIMEOUT_S if mutation else TIMEOUT_S
-        self.buffers = {name: Buffer(self.comm, sizes[name], device=str(device), timeout=timeout) for name in WINDOWS}
+        more: dict[str, Any] = {"device": str(device), "timeout": timeout}
+        if self.has_low_latency:
+            more.update(low_latency_mode=True, num_rdma_bytes=low_latency.num_bytes(self.num_ranks))
+        self.buffers: dict[str, Buffer] = {}
+        for name in WINDOWS:
+            # Read when a buffer is made. In one, low-latency rows are never tagged; in one, where there is room.
+            os.environ["HPC_MOE_TEST_TAGGED_BYTES"] = {"ample": "-1", "tight": "0", "minimum": str(2**40)}[name]
+            self.buffers[name] = Buffer(self.comm, sizes[name], **more)
 
     def run(self, num_calls: int, seconds: float) -> None:
         """Make calls until there are enough, or the ranks agree that it must end."""
@@ -283,7 +277,7 @@ class Ranks:
             try:
                 for number in range(ROUNDS_BEFORE_AGREEING):
                     if self.num_prepared < num_calls:
-                        self.run_round(draw_round(self.random, self.num_ranks))
+                        self.run_some_round()
                     if number % ROUNDS_IN_FLIGHT == 0:
                         self.comparisons.read()
                 self.comparisons.read()
@@ -297,6 +291,18 @@ class Ranks:
             has_noticed = bool(self.mutation) and self.comparisons.num_wrong > 0
             if self.comm.allreduce(self.is_stuck or has_noticed or time.monotonic() > end, MPI.LOR):
                 break
+
+    def run_some_round(self) -> None:
+        """Of normal calls, or of low-latency ones."""
+        if self.has_low_latency and self.random.random() < 0.5:
+            round = low_latency.draw_round(self.random, self.num_ranks, WINDOWS)
+            low_latency.LowLatencyCalls(self, round).run()
+        else:
+            self.run_normal_round(WINDOWS)
+
+    def run_normal_round(self, windows: tuple[str, ...]) -> None:
+        """On the buffer of one of these windows."""
+        self.run_round(draw_round(self.random, self.num_ranks, windows))
 
     def run_round(self, round: Round) -> None:
         """Make the calls of a round. What must come of them is ready before the first one starts."""
@@ -326,11 +332,11 @@ class Ranks:
         for name, expected in call.expected.items():
             self.comparisons.same(call.number, f"{call.label}: {name}{when}", found[name], expected)
 
-    def delay(self) -> None:
+    def delay(self, most_seconds: float = 300e-6) -> None:
         """Make this rank enter its next call late, now and then."""
         if self.own_random.random() > 0.25:
             return
-        seconds = 300e-6 * self.own_random.random()
+        seconds = most_seconds * self.own_random.random()
         if self.device.type == "cuda":
             torch.cuda._sleep(int(1.7e9 * seconds))  # clock cycles
         else:
@@ -478,7 +484,8 @@ class Ranks:
             dispatches, combines = buffer.stats()["dispatch"], buffer.stats()["combine"]
             calls, passes = (dispatches[key] + combines[key] for key in ("calls", "passes"))
             pooled = f", {dispatches['pooled']} in the pool" if "pooled" in dispatches else ""
-            told.append(f"{name} window: {calls} calls, {passes} passes{pooled}")
+            low = sum(buffer.stats()[f"low_latency_{kind}"]["calls"] for kind in ("dispatch", "combine"))
+            told.append(f"{name} window: {calls} calls, {passes} passes{pooled}, {low} low-latency calls")
         return "; ".join(told)
 
     def leave(self, status: int) -> None:
@@ -508,7 +515,17 @@ def choose_device(kind: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def main(*, num_calls: int, seconds: float, seed: int, mutation: int, limit: float, device: str, result: str) -> int:
+def main(
+    *,
+    num_calls: int,
+    seconds: float,
+    seed: int,
+    mutation: int,
+    limit: float,
+    device: str,
+    has_low_latency: bool,
+    result: str,
+) -> int:
     """What each rank does; returns its exit status. `result` begins the line in which rank 0 says how it ended."""
     if MPI.COMM_WORLD.Get_size() < 2:
         raise SystemExit("start it under mpirun, on 2 ranks or more, or with --all-mutations")
@@ -520,7 +537,7 @@ def main(*, num_calls: int, seconds: float, seed: int, mutation: int, limit: flo
     faulthandler.dump_traceback_later(limit, exit=True)
     begin = time.monotonic()
     try:
-        ranks = Ranks(seed, mutation, chosen)
+        ranks = Ranks(seed, mutation, chosen, has_low_latency)
         ranks.run(num_calls, seconds)
         status = ranks.conclude(begin, result)
     except BaseException:  # of this program itself: the others would wait for this rank
