@@ -42,7 +42,7 @@ CMAKE_ARGS       := $(if $(WERROR),-DHPC_MOE_WERROR=ON)
 EXTENSION_SOURCE := CMakeLists.txt setup.py tools/cuda_build.py pyproject.toml hpc_moe/_version.py $(shell find csrc -type f)
 BUILD_ENV         = PATH="$(CURDIR)/$(BIN):$$PATH" HPC_MOE_PYTHON_INCLUDE="$${HPC_MOE_PYTHON_INCLUDE:-$$( \
 	ls -d $(CURDIR)/$(VENV)/python-headers/usr/include/python3.* 2>/dev/null)}"
-CXX_FILES        := $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES        := $(shell find csrc benchmarks tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 LAUNCH           := $(BIN)/python tools/launch.py
 
 # With GPUs: .venv, or the Python that the user gives, for which the extension is built in place as well.
@@ -136,7 +136,9 @@ gpu-bench: gpu-build
 	@mkdir -p build/benchmarks; gpus=$$($(GPU_ENV) $(GPU_BIN) tools/gpus.py --at-least 2) || exit 1; \
 	for ranks in 2 4 8; do [ $$ranks -le $$gpus ] || break; \
 		$(GPU_ENV) $(GPU_BIN) tools/launch.py -n $$ranks --limit 1200 -- $(GPU_BIN) benchmarks/gpu.py \
-			--out build/benchmarks/gpu_$${ranks}_ranks.json $(BENCH_ARGS) || exit 1; done
+			--out build/benchmarks/gpu_$${ranks}_ranks.json $(BENCH_ARGS) || exit 1; \
+		$(GPU_ENV) $(GPU_BIN) tools/launch.py -n $$ranks --limit 600 -- $(GPU_BIN) benchmarks/gpu_low_latency.py \
+			--out build/benchmarks/gpu_low_latency_$${ranks}_ranks.json $(filter --quick,$(BENCH_ARGS)) || exit 1; done
 
 gpu-stress: $(if $(GPU_PYTHON),,venv $(VENV)/.headers)
 	@rm -rf $(STRESS_DIR)/lib
@@ -168,7 +170,7 @@ sanitize: build
 	done
 
 clean:
-	rm -rf build dist hpc_moe.egg-info hpc_moe/_C*.so $(VENV)/.extension .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist hpc_moe.egg-info hpc_moe/_C*.so hpc_moe/_nvshmem*.so $(VENV)/.extension .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find hpc_moe tests tools examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

@@ -17,11 +17,7 @@ import datetime
 import functools
 import os
 import socket
-import sys
-import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 from unittest import mock
@@ -30,9 +26,9 @@ os.environ["NCCL_NVLS_ENABLE"] = "0"  # read when NCCL starts
 
 # ruff: isort: split
 import torch
-from common import write_results
 from gpu_kernels import sent_row
 from gpu_measure import Bench, Inputs, Shape
+from gpu_program import Column, choose_device, make_parser, must_equal, run, run_parts, show
 from mpi4py import MPI
 
 import hpc_moe
@@ -461,15 +457,6 @@ def factor(rank: int) -> float:
     return (rank + 1) / 8
 
 
-def must_equal(name: str, got: torch.Tensor, want: torch.Tensor) -> None:
-    """Raises where they differ."""
-    if got.shape != want.shape:
-        raise RuntimeError(f"{name}: shape {list(got.shape)}, not {list(want.shape)}")
-    if not torch.equal(got, want):
-        where = (got != want).nonzero()
-        raise RuntimeError(f"{name}: {len(where)} of {got.numel()} elements differ, the first at {where[0].tolist()}")
-
-
 def pushed(bench: Bench) -> dict[str, Any]:
     """The push kernel moves what it claims to move."""
     comm, hidden = bench.comm, Shape.hidden
@@ -493,90 +480,19 @@ def pushed(bench: Bench) -> dict[str, Any]:
 # --- the program ------------------------------------------------------------------------------------------------------
 
 
-def choose_device(comm: MPI.Intracomm) -> torch.device:
-    """The GPU of this rank; made the current one."""
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    local_rank, num_local = node.rank, node.size
-    node.Free()
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if num_local != comm.size:
-        raise RuntimeError("the GPU benchmark works on one node")
-    if count == 1 or os.environ.get("HPC_MOE_TEST_SHARE_GPUS") == "1":
-        local_rank %= max(1, count)
-    if local_rank >= count:
-        raise RuntimeError(
-            f"rank {comm.rank} finds {count} GPUs, and needs one of its own for each of {num_local} ranks"
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
-
-
-def report(bench: Bench, options: argparse.Namespace, parts_run: list[str]) -> None:
-    """Write what there is so far."""
-    if bench.comm.rank != 0 or not options.out:
-        return
-    prefixes = ("HPC_MOE_", "NCCL_", "PYTORCH_", "CUDA_VISIBLE_DEVICES")
-    results = {
-        "benchmark": "gpu",
-        "ranks": bench.comm.size,
-        "settings": {key: value for key, value in vars(options).items() if key != "out"},
-        "shape": asdict(bench.main.shape),  # where a record has no other
-        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(prefixes)},
-        "parts_run": parts_run,
-        "failed": bench.failed,
-        "push_ceiling_gb_per_s": {str(size): rate / 1e9 for size, rate in bench.ceilings.items()},
-        "results": bench.results,
-    }
-    write_results(options.out, results, gpu=True)
-
-
-# Of the table: heading, what of a record, in which format, times what, how wide.
 COLUMNS = (
-    ("tokens", "tokens", ".0f", 1.0, 7),
-    ("hidden", "hidden", ".0f", 1.0, 7),
-    ("SMs", "num_sms", ".0f", 1.0, 5),
-    ("MiB", "num_nvl_bytes", ".0f", 2**-20, 6),
-    ("passes", "passes", ".3g", 1.0, 7),
-    ("pooled", "pooled", ".0%", 1.0, 7),
-    ("us", "median_us", ".1f", 1.0, 9),
-    ("p10", "p10_us", ".1f", 1.0, 9),
-    ("p90", "p90_us", ".1f", 1.0, 9),
-    ("GB/s", "gb_per_s", ".0f", 1.0, 6),
-    ("share", "share_of_ceiling", ".1%", 1.0, 8),
+    Column("tokens", "tokens", ".0f", 1.0, 7),
+    Column("hidden", "hidden", ".0f", 1.0, 7),
+    Column("SMs", "num_sms", ".0f", 1.0, 5),
+    Column("MiB", "num_nvl_bytes", ".0f", 2**-20, 6),
+    Column("passes", "passes", ".3g", 1.0, 7),
+    Column("pooled", "pooled", ".0%", 1.0, 7),
+    Column("us", "median_us", ".1f", 1.0, 9),
+    Column("p10", "p10_us", ".1f", 1.0, 9),
+    Column("p90", "p90_us", ".1f", 1.0, 9),
+    Column("GB/s", "gb_per_s", ".0f", 1.0, 6),
+    Column("share", "share_of_ceiling", ".1%", 1.0, 8),
 )
-LABEL_WIDTH = 54
-
-
-def show(bench: Bench) -> None:
-    """Print a table."""
-    print(f"{bench.comm.size} ranks on {torch.cuda.get_device_name()}; MiB: num_nvl_bytes; share: of the push ceiling")
-    print(" " * LABEL_WIDTH + "".join(heading.rjust(width) for heading, _, _, _, width in COLUMNS))
-    for record in bench.results:
-        label = f"{record['part']}: {record['name']}".ljust(LABEL_WIDTH)
-        if "error" in record:
-            print(f"{label} FAILED: {record['error']}")
-            continue
-        cells = (
-            (f"{record[key] * scale:{form}}" if key in record else "").rjust(width)
-            for _, key, form, scale, width in COLUMNS
-        )
-        print(label + "".join(cells) + "".join(f"  {note}" for note in notes(record)))
-
-
-def notes(record: dict[str, Any]) -> list[str]:
-    """What there is to say of a record beyond the table's columns."""
-    said = ["ok"] if "ok" in record else []
-    for key in ("wait_us", "call_alone_us", "matmul_alone_us"):
-        said += [f"{key} {record[key]:.1f}"] if key in record else []
-    said += [f"{record['hidden_share']:.0%} of the shorter hidden"] if "hidden_share" in record else []
-    said += [f"pool {record['pool']}"] if "pool" in record else []
-    said += [f"sent at {record['rate'] or 'any'} GB/s"] if "rate" in record else []
-    if record.get("routing", "balanced") != "balanced" and "share_of_busiest_gpu" in record:
-        said.append(f"of the busiest GPU {record['share_of_busiest_gpu']:.1%}")
-    waits = "uncached" in record["name"] or not record.get("launch_ahead", True)
-    if record.get("late_launches") and not waits:
-        said.append(f"{record['late_launches']} late launches")
-    return said
 
 
 def measure_all(comm: MPI.Intracomm, options: argparse.Namespace) -> int:
@@ -585,55 +501,32 @@ def measure_all(comm: MPI.Intracomm, options: argparse.Namespace) -> int:
         raise RuntimeError("start two ranks or more: with one, nothing crosses a link")
     bench = Bench(comm, choose_device(comm), options)
     parts = {"quick": quick} if options.quick else {name: PARTS[name] for name in options.part}
-    parts_run: list[str] = []
     with bench.running("check"):
         check(bench)
     with bench.running("ceiling"):
         for fp8 in (False, True):
             bench.measure_ceiling(Shape().row_bytes(fp8), CEILING_SMS)
-    for name, part in parts.items():
-        report(bench, options, parts_run)
-        with bench.running(name):
-            part(bench)
-        torch.cuda.empty_cache()
-        parts_run.append(name)
-    report(bench, options, parts_run)
-    if comm.rank == 0:
-        show(bench)
+    run_parts(bench, options, parts, benchmark="gpu")
+    show(bench, "MiB: num_nvl_bytes; share: of the push ceiling", COLUMNS)
     bench.windows.close()
     return int(bench.failed)
 
 
 def main() -> None:
-    """Parse the options and measure; a rank that fails outside the parts ends all ranks."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
+    """Parse the options and measure."""
+    parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="only the three main figures and the push ceiling")
     parser.add_argument("--part", action="append", choices=PARTS, help="only this part; may be given again")
     parser.add_argument("--overlap", action="append_const", dest="part", const="overlap", help="as --part overlap")
     parser.add_argument(
         "--tokens", type=int, default=Shape.tokens, help="tokens a rank, where a part does not vary them"
     )
-    parser.add_argument("--iterations", type=int, default=30)
-    parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument(
-        "--launch-ahead", type=float, default=1000.0, help="microseconds that the CPU gets to enqueue a call"
-    )
     options = parser.parse_args()
     if options.quick and options.part:
         parser.error("--quick is a part of its own")
     if not options.quick:
         options.part = options.part or list(PARTS)
-    comm = MPI.COMM_WORLD
-    try:
-        status = measure_all(comm, options)
-    except BaseException:
-        print(f"rank {comm.rank}:", file=sys.stderr)
-        traceback.print_exc()
-        sys.stderr.flush()
-        comm.Abort(1)
-        raise
-    sys.exit(status)
+    run(measure_all, options)
 
 
 if __name__ == "__main__":

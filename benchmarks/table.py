@@ -1,6 +1,7 @@
 """Print the README's benchmark tables from the committed results: `python benchmarks/table.py`.
 
-The table of the GPUs has a column for each results/gpu_*.json; without any it is left out.
+The tables of the GPUs have a column for each results/gpu_*_ranks.json, and for low-latency calls for each
+results/gpu_low_latency_*_ranks.json; without any they are left out.
 """
 
 from __future__ import annotations
@@ -134,21 +135,95 @@ def gpu_table(results: list[dict[str, Any]]) -> None:
         f"{settings['tokens']} tokens a rank, hidden 7168, top-8 of 256, {MAIN_SMS} SMs where no other number is "
         f"given; in brackets, the share of the push ceiling of the same run. `num_nvl_bytes`: {', '.join(buffers)}."
     )
+    print_failures(results)
+
+
+def print_failures(results: list[dict[str, Any]]) -> None:
+    """What these tables cannot show."""
     for result in results:
         for record in result["results"]:
             if "error" in record:
                 print(f"FAILED on {result['ranks']} GPUs: {record['part']}: {record['name']}: {record['error']}")
 
 
+# --- low-latency calls on GPUs ----------------------------------------------------------------------------------------
+
+
+def find_low_latency(result: dict[str, Any], part: str, name: str, tokens: int) -> dict[str, Any] | None:
+    """The record of this name; None where there is none, or not of this part and so many tokens (as many as M)."""
+    for record in result["results"]:
+        if (record["part"], record["name"], record.get("tokens")) == (part, name, tokens) and "error" not in record:
+            return dict(record)
+    return None
+
+
+def low_latency_rows(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """What is measured, then a column for each result."""
+
+    def show(label: str, part: str, name: str, tokens: int = 128, key: str = "median_us") -> tuple[str, ...]:
+        records = [find_low_latency(result, part, name, tokens) for result in results]
+        return (label, *(f"{record[key]:.1f} us" if record and key in record else "–" for record in records))
+
+    both, per_expert = "dispatch + combine", "row per expert"
+    in_graph = f"graph of {next((r['graph_calls'] for r in results[0]['results'] if 'graph_calls' in r), 20)}"
+    return [
+        *(show(f"**{name}**", "main", name) for name in ("dispatch", "combine", both)),
+        *(show(f"{name}, in a graph", "main", f"{name}, {in_graph}") for name in ("dispatch", "combine", both)),
+        show(f"{both}, a graph of one", "main", f"{both}, graph of 1"),
+        show(f"{both}, launches included", "main", f"{both}, launches included"),
+        show(f"combine, {per_expert}", "main", f"combine, {per_expert}"),
+        show(f"{both}, {per_expert}, in a graph", "main", f"{both}, {per_expert}, {in_graph}"),
+        show("dispatch bf16", "formats", "dispatch, bf16"),
+        show("combine, logarithmic format", "formats", "combine, logfmt"),
+        *(
+            show(f"{both}, {count} token{'s' if count > 1 else ''}, in a graph", "tokens", f"{both}, {in_graph}", count)
+            for count in (1, 8, 32, 512)
+        ),
+        show("dispatch, of the CPU", "host", "dispatch, CPU", key="host_us"),
+        show("combine, of the CPU", "host", "combine, CPU", key="host_us"),
+        ("ranks that a token goes to", *(f"{ranks_per_token(result)}" for result in results)),
+    ]
+
+
+def ranks_per_token(result: dict[str, Any]) -> str:
+    """With what it is compared with."""
+    record = find_low_latency(result, "main", "rows of a token", 128)
+    return f"{record['ranks_per_token']:.2f} (of {record['experts_per_token']} experts)" if record else "–"
+
+
+def low_latency_table(results: list[dict[str, Any]]) -> None:
+    """Print the table of low-latency calls on GPUs and what it was measured on."""
+    machine, settings = results[0]["machine"], results[0]["settings"]
+    print_table([f"{r['ranks']} GPUs" for r in results], low_latency_rows(results))
+    buffers = []
+    for result in results:
+        record = find_low_latency(result, "main", "dispatch", 128)
+        if record:
+            buffers.append(f"{mebibytes(record['num_rdma_bytes'])} on {result['ranks']}")
+    gpus = " and ".join(sorted({result["machine"]["gpu"] for result in results}))
+    print(
+        f"Stream time on {gpus} (driver {machine['driver']}, CUDA {machine['cuda']}, torch {machine['torch']}, "
+        f"{machine['mpi']}): medians of {settings['iterations']} calls of the slowest rank, 128 tokens a rank where no "
+        "other number is given (M is the same), hidden 7168, top-8 of 256, fp8 dispatch and bf16 combine, weights "
+        'given at dispatch but for "row per expert"; in a graph, the time of one of the calls captured. '
+        f"`num_rdma_bytes`: {', '.join(buffers)}."
+    )
+    print_failures(results)
+
+
+def load_all(pattern: str) -> list[dict[str, Any]]:
+    """The committed results of these names, by number of ranks."""
+    return sorted((load(path.name) for path in RESULTS.glob(pattern)), key=lambda result: int(result["ranks"]))
+
+
 def main() -> None:
     """Print the tables."""
     cpu_table()
-    gpu_results = sorted(
-        (load(path.name) for path in RESULTS.glob("gpu_*.json")), key=lambda result: int(result["ranks"])
-    )
-    if gpu_results:
-        print()
-        gpu_table(gpu_results)
+    for pattern, table in (("gpu_[0-9]*_ranks.json", gpu_table), ("gpu_low_latency_*_ranks.json", low_latency_table)):
+        results = load_all(pattern)
+        if results:
+            print()
+            table(results)
 
 
 if __name__ == "__main__":
