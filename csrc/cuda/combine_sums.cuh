@@ -11,6 +11,7 @@
 #include <cuda_bf16.h>
 
 #include "cuda/combine.h"
+#include "cuda/device/bf16.cuh"
 #include "cuda/device/protocol.cuh"
 #include "cuda/device/rows.cuh"
 
@@ -39,8 +40,8 @@ __device__ void add_bf16(float (&sum)[8], const uint4& row) {
     const uint32_t words[4] = {row.x, row.y, row.z, row.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        sum[2 * i] += __uint_as_float(words[i] << 16);
-        sum[2 * i + 1] += __uint_as_float(words[i] & 0xffff0000u);
+        sum[2 * i] += low_bf16(words[i]);
+        sum[2 * i + 1] += high_bf16(words[i]);
     }
 }
 
@@ -215,16 +216,6 @@ __device__ void poison_rows(const CombineParams& p, const Contributions& from) {
 }
 
 // --- additions ----------------------------------------------------------------------------------------------------
-
-__device__ uint4 to_bf16(const float (&values)[8]) {
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
-        words[i] = *reinterpret_cast<const uint32_t*>(&pair);
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
-}
 
 // The sum of two bf16 values rounded once, that is, no worse than through float32.
 __device__ uint32_t add_pairs(uint32_t a, uint32_t b) {

@@ -28,7 +28,7 @@ constexpr int kDetailsBytes = 16 * kMaxLowLatencyTopK;  // in front of a packet'
 // Bytes of an area for tagged rows. Nothing else is ever written there, so that what looks like a tag is one.
 constexpr int64_t kTaggedBytes = 8 << 20;
 // Rows are tagged where a rank sends at most so many bytes to its peers. Tags take half as much again of the links, but
-// need no fence and no flag, which cost some 2 us.
+// need no fence and no flag, which cost some 3 us.
 constexpr int64_t kMostTaggedBytes = 2 << 20;
 
 // At the start of a rank's region. Peers write it, each in places of its own, by parity of the call's number; nothing

@@ -15,9 +15,7 @@
 //
 // A combine of a dispatch that did not go on sends nothing, and waits for entries only. Sending never waits for a row;
 // all blocks are resident at once.
-#include <cuda_bf16.h>
-
-#include "cuda/device/fp8.cuh"
+#include "cuda/device/bf16.cuh"
 #include "cuda/device/logfmt.cuh"
 #include "cuda/device/low_latency.cuh"
 #include "cuda/device/wire.cuh"
@@ -51,16 +49,6 @@ __device__ void add_scaled(float (&sum)[8], const uint4& piece, float weight) {
         sum[2 * i] = fmaf(low_bf16(words[i]), weight, sum[2 * i]);
         sum[2 * i + 1] = fmaf(high_bf16(words[i]), weight, sum[2 * i + 1]);
     }
-}
-
-__device__ uint4 to_bf16(const float (&values)[8]) {
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
-        words[i] = *reinterpret_cast<const uint32_t*>(&pair);
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 // --- sending -------------------------------------------------------------------------------------------------------

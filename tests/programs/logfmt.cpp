@@ -69,7 +69,7 @@ void read_row(const uint8_t* row, int hidden, float* values) {
                                       get<uint16_t>(row, hc::log_high_at(at))};
             hc::decode_lane(lane, hc::log_decoder(header), lane_values);
         } else {
-            for (int i = 0; i < 8; ++i) lane_values[i] = hc::log_bits_float(get<uint16_t>(row, at + 2 * i) << 16);
+            for (int i = 0; i < 8; ++i) lane_values[i] = hc::log_bits_as<float>(get<uint16_t>(row, at + 2 * i) << 16);
         }
         std::memcpy(values + at / 2, lane_values, sizeof lane_values);
     }

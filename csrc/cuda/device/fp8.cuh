@@ -5,13 +5,12 @@
 
 #include <cstdint>
 
+#include "cuda/device/bf16.cuh"
+
 namespace hpc_moe::cuda {
 
 constexpr float kFp8Max = 448.0f;
 constexpr float kFp8MinAmax = 1e-4f;
-
-__device__ inline float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ inline float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
 // 2^ceil(log2(value)) for a positive normal value.
 __device__ inline float power_of_two_above(float value) {

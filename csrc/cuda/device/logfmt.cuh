@@ -90,28 +90,13 @@ struct LogLane {
 
 // --- bits
 
-HPC_MOE_HOST_DEVICE inline uint32_t log_float_bits(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-HPC_MOE_HOST_DEVICE inline float log_bits_float(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-HPC_MOE_HOST_DEVICE inline uint64_t log_double_bits(double value) {
-    uint64_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-HPC_MOE_HOST_DEVICE inline double log_bits_double(uint64_t bits) {
-    double value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
+// The same bits as another type of the same size.
+template <typename To, typename From>
+HPC_MOE_HOST_DEVICE inline To log_bits_as(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    memcpy(&to, &from, sizeof to);
+    return to;
 }
 
 // --- the magnitudes of a group: bits of bf16 without the sign, which compare like what they stand for
@@ -185,7 +170,7 @@ struct LogParts {
 
 HPC_MOE_HOST_DEVICE inline LogParts log_parts(uint32_t magnitude) {
     const bool is_normal = magnitude >= 0x80;  // else it is magnitude * 2^-133
-    const uint32_t bits = is_normal ? magnitude << 16 : log_float_bits(static_cast<float>(magnitude));
+    const uint32_t bits = is_normal ? magnitude << 16 : log_bits_as<uint32_t>(static_cast<float>(magnitude));
     return {static_cast<int>(bits >> 23) - (is_normal ? 127 : 127 + 133), static_cast<int>(bits >> 16 & 0x7fu)};
 }
 
@@ -200,7 +185,7 @@ constexpr double kLogUnits = 0x1.8p52;
 HPC_MOE_HOST_DEVICE inline double rounded_log2(uint32_t magnitude) {
     const LogParts parts = log_parts(magnitude);
     const uint32_t upper = 0x43380000u + static_cast<uint32_t>(parts.exponent);  // of kLogUnits, and the exponent
-    return log_bits_double(static_cast<uint64_t>(upper) << 32 | mantissa_logs().rounded[parts.mantissa]);
+    return log_bits_as<double>(static_cast<uint64_t>(upper) << 32 | mantissa_logs().rounded[parts.mantissa]);
 }
 
 // --- encoding
@@ -209,7 +194,7 @@ constexpr int kLogLargestCode = 511;
 constexpr double kLogMaxRange = 32.0;  // powers of two
 
 HPC_MOE_HOST_DEVICE inline LogHeader log_header(LogRange range) {
-    if (!is_encoded(range)) return {0.0f, log_bits_float(0x7fc00000u)};
+    if (!is_encoded(range)) return {0.0f, log_bits_as<float>(0x7fc00000u)};
     if (range == 0) return {0.0f, 0.0f};
     const double log_max = exact_log2(range >> 16);
     const double smallest = exact_log2(0x8000u - (range & 0xffffu)), lowest = log_max - kLogMaxRange;
@@ -245,7 +230,7 @@ HPC_MOE_HOST_DEVICE inline uint32_t encode_channel(uint32_t bf16, const LogEncod
     const double log = rounded_log2(bf16 & 0x7fffu);
     // Added to 2^52 and more, the number of the code is rounded, and stands in the last bits.
     const double number = fma(log - encoder.base, encoder.codes_per_unit, 0x1.8p52 + 1.0);
-    const int nearest = static_cast<int>(static_cast<uint32_t>(log_double_bits(number)));
+    const int nearest = static_cast<int>(static_cast<uint32_t>(log_bits_as<uint64_t>(number)));
     const int code = nearest < 1 ? 1 : nearest > kLogLargestCode ? kLogLargestCode : nearest;
     return (log <= encoder.zero ? 0u : static_cast<uint32_t>(code)) | (bf16 >> 6 & 0x200u);
 }
@@ -295,10 +280,10 @@ HPC_MOE_HOST_DEVICE inline float decode_channel(uint32_t code, const LogDecoder&
     const uint32_t steps = is_zero ? 0 : (code & 0x1ffu) - 1;
     const int64_t log = decoder.log_min + static_cast<int64_t>(steps) * decoder.step;
     const uint64_t fraction = static_cast<uint64_t>(log) << 24 >> 12;  // as a mantissa
-    const double mantissa = exp2_of_fraction(log_bits_double(0x3ff0000000000000u | fraction) - 1.0);
+    const double mantissa = exp2_of_fraction(log_bits_as<double>(0x3ff0000000000000u | fraction) - 1.0);
     const uint64_t exponent = static_cast<uint64_t>(log >> 40) << 52;
-    const float magnitude = static_cast<float>(log_bits_double(log_double_bits(mantissa) + exponent));
-    return log_bits_float((is_zero ? 0u : log_float_bits(magnitude)) | (code & 0x200u) << 22);
+    const float magnitude = static_cast<float>(log_bits_as<double>(log_bits_as<uint64_t>(mantissa) + exponent));
+    return log_bits_as<float>((is_zero ? 0u : log_bits_as<uint32_t>(magnitude)) | (code & 0x200u) << 22);
 }
 
 HPC_MOE_HOST_DEVICE inline void decode_lane(const LogLane& lane, const LogDecoder& decoder, float (&values)[8]) {
