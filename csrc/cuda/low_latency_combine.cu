@@ -94,7 +94,7 @@ __device__ Token token_of(const LowLatencyCombineParams& p, const Noted& noted, 
 }
 
 // Of how many rows loads are under way at a time. More take longer.
-constexpr int kRows = 4;
+constexpr int kRows = 2;
 
 // A warp: a chunk of some of a token's rows, in the order of columns.
 struct Loaded {
