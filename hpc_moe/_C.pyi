@@ -302,21 +302,6 @@ class LowLatencyDispatchParams:
     weighted: bool
     round_scale: bool
     use_ue8m0: bool
-    x: int
-    x_stride: int
-    topk_index: int
-    topk_weights: int
-    recv_rows: int
-    recv_scales: int
-    recv_count: int
-    recv_src_idx: int
-    layout_range: int
-    recv_stats: int
-    wait_stats: int
-    arrivals: int
-    tokens: int
-    token_rows: int
-    token_weights: int
 
 class LowLatencyCombineParams:
     num_tokens: int
@@ -326,15 +311,18 @@ class LowLatencyCombineParams:
     num_local_experts: int
     weighted: bool
     use_logfmt: bool
-    x: int
-    arrivals: int
-    tokens: int
-    token_rows: int
-    token_weights: int
-    topk_index: int
-    topk_weights: int
-    combined: int
-    wait_stats: int
+
+class RoutingParts:
+    @property
+    def layout_range(self) -> int: ...
+    @property
+    def recv_count(self) -> int: ...
+    @property
+    def recv_src_idx(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+
+def lay_out_routing(params: LowLatencyDispatchParams, num_ranks: int) -> RoutingParts: ...
 
 class Window:
     @property
@@ -406,11 +394,30 @@ class CudaRuntime:
         params: LowLatencyDispatchParams,
         scale_bytes: int,
         agreed: Sequence[int],
+        x: int,
+        x_stride: int,
+        topk_index: int,
+        topk_weights: int,
+        recv_rows: int,
+        recv_scales: int,
+        routing: int,
+        recv_stats: int,
+        wait_stats: int,
         halves: int,
         stream: int,
     ) -> None: ...
     def launch_low_latency_combine(
-        self, params: LowLatencyCombineParams, agreed: Sequence[int], halves: int, stream: int
+        self,
+        params: LowLatencyCombineParams,
+        agreed: Sequence[int],
+        x: int,
+        topk_index: int,
+        topk_weights: int,
+        routing: int,
+        combined: int,
+        wait_stats: int,
+        halves: int,
+        stream: int,
     ) -> None: ...
     def launch_low_latency_reject(self, operation: int, text: str, stream: int) -> None: ...
     def has_error(self) -> bool: ...

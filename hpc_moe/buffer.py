@@ -30,58 +30,53 @@ Tensors = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 # Written out, for generators take several times as long, and a low-latency call is short.
-class _Running:
-    """Of `Buffer._running`; gives the backend."""
+class _Call:
+    """A collective call. Whatever its checks raise is told to the peers, which raise too; what goes wrong behind them,
+    but for what all ranks agree on, leaves it half done, and breaks the buffer.
 
-    __slots__ = ("_backend", "_buffer", "_name")
+    Attributes:
+        backend: of the buffer.
+        is_checked: set to True when its arguments have passed, or where it has none.
+    """
 
-    def __init__(self, buffer: Buffer, name: str) -> None:
-        self._buffer, self._name = buffer, name
+    __slots__ = ("_buffer", "_cleaning", "_name", "backend", "is_checked")
 
-    def __enter__(self) -> Backend:
-        self._backend = self._buffer._usable(self._name)
-        return self._backend
+    def __init__(self, buffer: Buffer, name: str, is_checked: bool, cleaning: bool) -> None:
+        self._buffer, self._name, self.is_checked, self._cleaning = buffer, name, is_checked, cleaning
+
+    def __enter__(self) -> _Call:
+        self.backend = self._buffer._usable(self._name)
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
             return
-        if isinstance(error, ArgumentError):
-            raise ArgumentError(f"Buffer.{self._name}: {error}") from None
-        if not self._backend.is_in_step(error):
-            self._backend.broken = self._backend.broken or f"{self._name}: {type(error).__name__}: {error}"
-        if isinstance(error, RuntimeError) and not isinstance(error, Error):
-            raise Error(f"Buffer.{self._name}: {error}") from error
+        if self.is_checked:
+            self._fail(error)
+        elif isinstance(error, Exception):
+            self._reject(error)
 
-
-class _OrReject:
-    """Of `Buffer._or_reject`; gives the backend."""
-
-    __slots__ = ("_backend", "_buffer", "_cleaning", "_name")
-
-    def __init__(self, buffer: Buffer, name: str, cleaning: bool) -> None:
-        self._buffer, self._name, self._cleaning = buffer, name, cleaning
-
-    def __enter__(self) -> Backend:
-        self._backend = self._buffer._usable(self._name)
-        return self._backend
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not isinstance(error, Exception):
-            return
+    def _reject(self, error: Exception) -> None:
         late = None
         try:
             if self._cleaning:
-                self._backend.reject_cleaning(error)
+                self.backend.reject_cleaning(error)
             else:
-                self._backend.reject(self._name, error)
+                self.backend.reject(self._name, error)
         except PeerTimeoutError as caught:
             late = caught  # worth a mention, but the arguments are what is wrong
         if isinstance(error, (ArgumentError, UnavailableError)):
             raise type(error)(f"Buffer.{self._name}: {error}") from late
+
+    def _fail(self, error: BaseException) -> None:
+        if isinstance(error, ArgumentError):
+            raise ArgumentError(f"Buffer.{self._name}: {error}") from None
+        if not self.backend.is_in_step(error):
+            self.backend.broken = self.backend.broken or f"{self._name}: {type(error).__name__}: {error}"
+        if isinstance(error, RuntimeError) and not isinstance(error, Error):
+            raise Error(f"Buffer.{self._name}: {error}") from error
 
 
 class Buffer:
@@ -200,10 +195,15 @@ class Buffer:
         self.timeout = float(checked["timeout"])
         self.topology = topology
         self._enable_shrink = enable_shrink
-        self._fitting_sizes = (0, 0, 0)  # M, hidden and experts of the last low-latency call
         self.runtime = self._backend.runtime
         self._facts = checks.BufferFacts(
-            self, self.group_size, topology.ranks_of_node, self._backend.device, self._backend.layout
+            self,
+            self.group_size,
+            topology.ranks_of_node,
+            self._backend.device,
+            self._backend.layout,
+            low_latency_mode,
+            num_rdma_bytes,
         )
 
     # --- life --------------------------------------------------------------------------------------------------------
@@ -256,8 +256,8 @@ class Buffer:
             PeerTimeoutError: an earlier call waited too long for a peer.
             UnavailableError: the buffer was destroyed, or is broken since a timeout.
         """
-        with self._running("check") as backend:
-            backend.check(wait=True)
+        with self._running("check") as call:
+            call.backend.check(wait=True)
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """What the buffer did so far, per operation: `calls`, `passes`, `last_passes`, `seconds`, `wait_seconds`.
@@ -276,13 +276,13 @@ class Buffer:
             raise UnavailableError(f"Buffer.{name}: {error}") from None
         return self._backend
 
-    def _running(self, name: str) -> _Running:
-        """A collective call under way: what goes wrong now, but for what all ranks agree on, leaves it half done."""
-        return _Running(self, name)
+    def _checking(self, name: str, cleaning: bool = False) -> _Call:
+        """A collective call whose arguments are to be checked."""
+        return _Call(self, name, False, cleaning)
 
-    def _or_reject(self, name: str, cleaning: bool = False) -> _OrReject:
-        """The checks of a collective call: whatever they raise is told to the peers, which raise too."""
-        return _OrReject(self, name, cleaning)
+    def _running(self, name: str) -> _Call:
+        """A collective call, or a part of one, behind the checks."""
+        return _Call(self, name, True, False)
 
     # --- normal calls ------------------------------------------------------------------------------------------------
 
@@ -388,7 +388,7 @@ class Buffer:
             UnavailableError: the buffer is destroyed or broken.
         """
         name = "dispatch"
-        with self._or_reject(name) as backend:
+        with self._checking(name) as call:
             self._check_normal_call(config, previous_event, async_finish, allocate_on_comm_stream)
             request = checks.dispatch_request(
                 self._facts,
@@ -408,9 +408,9 @@ class Buffer:
                 expert_layout,
             )
             request.streams = self._stream_arguments(config, previous_event, async_finish, allocate_on_comm_stream)
-            backend.check_normal(request)
-        with self._running(name):
-            result = backend.dispatch(request)
+            call.backend.check_normal(request)
+            call.is_checked = True
+            result = call.backend.dispatch(request)
         recv_x = result.recv_x if result.recv_scales is None else (result.recv_x, result.recv_scales)
         if result.handle is None:
             return recv_x, None, None, None, None, result.event
@@ -459,13 +459,13 @@ class Buffer:
             UnavailableError: the buffer is destroyed or broken.
         """
         name = "combine"
-        with self._or_reject(name) as backend:
+        with self._checking(name) as call:
             self._check_normal_call(config, previous_event, async_finish, allocate_on_comm_stream)
             request = checks.combine_request(self._facts, x, handle, topk_weights, bias)
             request.streams = self._stream_arguments(config, previous_event, async_finish, allocate_on_comm_stream)
-            backend.check_normal(request)
-        with self._running(name):
-            result = backend.combine(request)
+            call.backend.check_normal(request)
+            call.is_checked = True
+            result = call.backend.combine(request)
         return result.combined_x, result.combined_topk_weights, result.event
 
     @staticmethod
@@ -545,9 +545,7 @@ class Buffer:
             UnavailableError: the buffer is destroyed or broken.
         """
         name = "low_latency_dispatch"
-        with self._or_reject(name) as backend:
-            checks.stream_arguments(None, async_finish, False, return_recv_hook)
-            self._check_low_latency_mode()
+        with self._checking(name) as call:
             request = checks.low_latency_dispatch_request(
                 self._facts,
                 x,
@@ -559,14 +557,14 @@ class Buffer:
                 use_fp8,
                 round_scale,
                 use_ue8m0,
+                async_finish,
+                return_recv_hook,
                 topk_weights,
             )
-            request.return_recv_hook = return_recv_hook
-            self._check_low_latency_size(request.num_max_tokens, request.x.shape[1], request.num_experts)
-            backend.check_unreceived(return_recv_hook)
-        with self._running(name):
-            result = backend.low_latency_dispatch(request)
-        result.handle._owner = self
+            call.backend.check_unreceived(return_recv_hook)
+            call.is_checked = True
+            result = call.backend.low_latency_dispatch(request)
+        result.handle._owner, result.handle._form = self, request.form
         recv_x = result.recv_x if result.recv_scales is None else (result.recv_x, result.recv_scales)
         hook = self._receive(name, result.receive, return_recv_hook)
         return recv_x, result.recv_count, result.handle, EventOverlap(), hook
@@ -611,9 +609,8 @@ class Buffer:
             UnavailableError: the buffer is destroyed or broken.
         """
         name = "low_latency_combine"
-        with self._or_reject(name) as backend:
-            checks.stream_arguments(None, async_finish, False, return_recv_hook)
-            self._check_low_latency_mode()
+        with self._checking(name) as call:
+            backend = call.backend
             request = checks.low_latency_combine_request(
                 self._facts,
                 x,
@@ -622,15 +619,16 @@ class Buffer:
                 handle,
                 use_logfmt,
                 zero_copy,
+                async_finish,
+                return_recv_hook,
                 out,
                 combine_wait_recv_cost_stats,
             )
-            request.return_recv_hook = return_recv_hook
             if zero_copy:
                 request.x = backend.staging_buffer(handle)
             backend.check_routing(request)
             backend.check_unreceived(return_recv_hook)
-        with self._running(name):
+            call.is_checked = True
             combined, receive = backend.low_latency_combine(request)
         return combined, EventOverlap(), self._receive(name, receive, return_recv_hook)
 
@@ -645,8 +643,8 @@ class Buffer:
 
         if later:
             return hook
-        with self._running(name) as backend:
-            backend.receive_now(receive)
+        with self._running(name) as call:
+            call.backend.receive_now(receive)
         return None
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
@@ -682,15 +680,15 @@ class Buffer:
             UnavailableError: the buffer is destroyed or broken.
         """
         name = "clean_low_latency_buffer"
-        with self._or_reject(name, cleaning=True) as backend:
-            self._check_low_latency_mode()
+        with self._checking(name, cleaning=True) as call:
+            checks.low_latency_mode(self._facts)
             most = checks.integer("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank, minimum=1)
             checks.hidden_size("hidden", checks.integer("hidden", hidden, minimum=1))
             experts = checks.expert_count("num_experts", num_experts, self.group_size)
-            self._check_low_latency_size(most, hidden, experts)
-            backend.check_nothing_unreceived()
+            checks.low_latency_size(self._facts, most, hidden, experts)
+            call.backend.check_nothing_unreceived()
         with _naming(name):
-            backend.clean_low_latency({"M": most, "hidden": hidden, "num_experts": experts})
+            call.backend.clean_low_latency({"M": most, "hidden": hidden, "num_experts": experts})
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Mask a rank, so that low-latency calls skip it, or ask for its return. Not collective.
@@ -743,25 +741,10 @@ class Buffer:
     def _shrinkable(self, name: str) -> Backend:
         backend = self._usable(name)
         with _naming(name):
-            self._check_low_latency_mode()
+            checks.low_latency_mode(self._facts)
             if not self._enable_shrink:
                 raise ArgumentError("the buffer must have been constructed with enable_shrink=True")
         return backend
-
-    def _check_low_latency_mode(self) -> None:
-        if not self.low_latency_mode:
-            raise ArgumentError("the buffer must have been constructed with low_latency_mode=True")
-
-    def _check_low_latency_size(self, num_tokens: int, hidden: int, num_experts: int) -> None:
-        if self._fitting_sizes == (num_tokens, hidden, num_experts):
-            return
-        hint = self.get_low_latency_rdma_size_hint(num_tokens, hidden, self.group_size, num_experts)
-        if self.num_rdma_bytes < hint:
-            raise ArgumentError(
-                f"num_rdma_bytes={self.num_rdma_bytes} of the buffer is too small: M={num_tokens}, hidden={hidden}, "
-                f"{num_experts} experts need {hint} (get_low_latency_rdma_size_hint)"
-            )
-        self._fitting_sizes = (num_tokens, hidden, num_experts)
 
     # --- the rest ----------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,10 +18,12 @@ from ._backends.requests import (
     CombineRequest,
     DispatchRequest,
     Layout,
+    LowLatencyCombineForm,
     LowLatencyCombineRequest,
+    LowLatencyDispatchForm,
     LowLatencyDispatchRequest,
 )
-from .config import HIDDEN_MULTIPLE, MAX_HIDDEN, minimum_nvl_bytes, minimum_rdma_bytes
+from .config import HIDDEN_MULTIPLE, MAX_HIDDEN, low_latency_region_bytes, minimum_nvl_bytes, minimum_rdma_bytes
 from .errors import ArgumentError, UnavailableError
 from .events import EventOverlap
 from .handles import DispatchHandle, LowLatencyHandle
@@ -213,6 +215,9 @@ class BufferFacts:
         ranks_of_node: the ranks of every node.
         device: where tensors must lie.
         layout: computes a `Layout` from `topk_idx` and `num_experts`; only where tensors lie on the CPU.
+        low_latency_mode: whether there may be low-latency calls.
+        num_rdma_bytes: for them.
+        passed: low-latency calls that have passed the checks.
     """
 
     owner: object
@@ -220,6 +225,9 @@ class BufferFacts:
     ranks_of_node: tuple[tuple[int, ...], ...]
     device: torch.device
     layout: Any  # Callable[[torch.Tensor, int], Layout]
+    low_latency_mode: bool = False
+    num_rdma_bytes: int = 0
+    passed: Passed = field(default_factory=lambda: Passed())
 
 
 def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
@@ -424,6 +432,76 @@ def combine_request(facts: BufferFacts, x: Any, handle: Any, topk_weights: Any, 
     return CombineRequest(tokens, handle, weights, checked)
 
 
+# --- low-latency calls -------------------------------------------------------------------------------------------
+
+
+class Passed:
+    """Forms of low-latency calls that have passed the checks.
+
+    A call like an earlier one is not looked at again: that would take as long as to launch it.
+    """
+
+    _MOST = 1000  # that are remembered
+
+    def __init__(self) -> None:
+        self._forms: dict[Any, Any] = {}
+
+    def find(
+        self, x: Any, topk_idx: Any, topk_weights: Any, optional: tuple[Any, Any], others: tuple[Any, ...]
+    ) -> tuple[Any, Any]:
+        """What the checks look at, equal for calls that are alike, and their form; each is None where there is none.
+
+        `optional`: more tensors. Written out, for loops take half as much again.
+        """
+        try:
+            key = (
+                x.shape,
+                x.stride(),
+                x.dtype,
+                x.device,
+                topk_idx.shape,
+                topk_idx.stride(),
+                topk_idx.dtype,
+                topk_idx.device,
+                None if topk_weights is None else _shape_of(topk_weights),
+                None if optional[0] is None else _shape_of(optional[0]),
+                None if optional[1] is None else _shape_of(optional[1]),
+                others,
+                *map(type, others),  # for True == 1 == 1.0
+            )
+            return key, self._forms.get(key)
+        except (AttributeError, RuntimeError, TypeError):  # no tensor, or a sparse one; or what has no hash
+            return None, None
+
+    def add(self, key: Any, form: Any) -> None:
+        """Remember the form of calls of this key."""
+        if key is None:
+            return
+        if len(self._forms) >= self._MOST:
+            self._forms.clear()
+        self._forms[key] = form
+
+
+def _shape_of(tensor: Any) -> Any:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def low_latency_mode(facts: BufferFacts) -> None:
+    """The buffer has low-latency calls."""
+    if not facts.low_latency_mode:
+        raise ArgumentError("the buffer must have been constructed with low_latency_mode=True")
+
+
+def low_latency_size(facts: BufferFacts, num_tokens: int, hidden: int, num_experts: int) -> None:
+    """The buffer has room for calls of these sizes."""
+    hint = low_latency_region_bytes(num_tokens, hidden, facts.num_ranks, num_experts)
+    if facts.num_rdma_bytes < hint:
+        raise ArgumentError(
+            f"num_rdma_bytes={facts.num_rdma_bytes} of the buffer is too small: M={num_tokens}, hidden={hidden}, "
+            f"{num_experts} experts need {hint} (get_low_latency_rdma_size_hint)"
+        )
+
+
 def low_latency_dispatch_request(
     facts: BufferFacts,
     x: Any,
@@ -435,30 +513,59 @@ def low_latency_dispatch_request(
     use_fp8: Any,
     round_scale: Any,
     use_ue8m0: Any,
+    async_finish: Any,
+    return_recv_hook: Any,
     topk_weights: Any,
 ) -> LowLatencyDispatchRequest:
     """Check a low-latency dispatch."""
-    tokens = tensor("x", x, torch.bfloat16, ["num_tokens", "hidden"], facts.device, contiguous="rows")
-    most = integer("num_max_dispatch_tokens_per_rank", num_max_tokens, minimum=1)
-    experts = expert_count("num_experts", num_experts, facts.num_ranks)
-    num_tokens, hidden = tokens.shape
-    if num_tokens > most:
-        raise ArgumentError(f"x must have at most num_max_dispatch_tokens_per_rank={most} tokens; got {num_tokens}")
-    for name, value in (("use_fp8", use_fp8), ("round_scale", round_scale), ("use_ue8m0", use_ue8m0)):
-        flag(name, value)
-    if use_ue8m0 and not (use_fp8 and round_scale):
-        raise ArgumentError("use_ue8m0 needs use_fp8 and round_scale")
-    hidden_size("x with use_ue8m0" if use_ue8m0 else "x", hidden, 512 if use_ue8m0 else HIDDEN_MULTIPLE)
-    idx = topk_indices(facts, topk_idx, num_tokens)
-    weights = None if topk_weights is None else weights_like(facts, topk_weights, idx)
-    if recv_stats is not None:
-        shape = [experts // facts.num_ranks]
-        tensor("cumulative_local_expert_recv_stats", recv_stats, torch.int32, shape, facts.device, contiguous="all")
-    wait_statistics(facts, "dispatch_wait_recv_cost_stats", wait_stats)
-    layout = None if facts.device.type == "cuda" else facts.layout(idx, experts)
-    return LowLatencyDispatchRequest(
-        tokens, idx, weights, layout, most, experts, recv_stats, wait_stats, use_fp8, round_scale, use_ue8m0
+    key, form = facts.passed.find(
+        x,
+        topk_idx,
+        topk_weights,
+        (recv_stats, wait_stats),
+        (num_max_tokens, num_experts, use_fp8, round_scale, use_ue8m0, async_finish, return_recv_hook),
     )
+    if form is None:
+        stream_arguments(None, async_finish, False, return_recv_hook)
+        low_latency_mode(facts)
+        tokens = tensor("x", x, torch.bfloat16, ["num_tokens", "hidden"], facts.device, contiguous="rows")
+        most = integer("num_max_dispatch_tokens_per_rank", num_max_tokens, minimum=1)
+        experts = expert_count("num_experts", num_experts, facts.num_ranks)
+        num_tokens, hidden = tokens.shape
+        if num_tokens > most:
+            raise ArgumentError(f"x must have at most num_max_dispatch_tokens_per_rank={most} tokens; got {num_tokens}")
+        for name, value in (("use_fp8", use_fp8), ("round_scale", round_scale), ("use_ue8m0", use_ue8m0)):
+            flag(name, value)
+        if use_ue8m0 and not (use_fp8 and round_scale):
+            raise ArgumentError("use_ue8m0 needs use_fp8 and round_scale")
+        hidden_size("x with use_ue8m0" if use_ue8m0 else "x", hidden, 512 if use_ue8m0 else HIDDEN_MULTIPLE)
+        topk_indices(facts, topk_idx, num_tokens)
+        if topk_weights is not None:
+            weights_like(facts, topk_weights, topk_idx)
+        if recv_stats is not None:
+            shape = [experts // facts.num_ranks]
+            tensor("cumulative_local_expert_recv_stats", recv_stats, torch.int32, shape, facts.device, contiguous="all")
+        wait_statistics(facts, "dispatch_wait_recv_cost_stats", wait_stats)
+        low_latency_size(facts, most, hidden, experts)
+        form = LowLatencyDispatchForm(
+            num_tokens,
+            hidden,
+            topk_idx.shape[1],
+            most,
+            experts,
+            topk_weights is not None,
+            use_fp8,
+            round_scale,
+            use_ue8m0,
+            return_recv_hook,
+        )
+        facts.passed.add(key, form)
+    request = LowLatencyDispatchRequest(form, x, topk_idx, topk_weights, recv_stats, wait_stats)
+    if not topk_idx.is_cuda:
+        request.topk_idx = topk_idx.contiguous()
+        request.topk_weights = None if topk_weights is None else topk_weights.detach().contiguous()
+        request.layout = facts.layout(request.topk_idx, form.num_experts)
+    return request
 
 
 def low_latency_combine_request(
@@ -469,26 +576,42 @@ def low_latency_combine_request(
     handle: Any,
     use_logfmt: Any,
     zero_copy: Any,
+    async_finish: Any,
+    return_recv_hook: Any,
     out: Any,
     wait_stats: Any,
 ) -> LowLatencyCombineRequest:
     """Check a low-latency combine."""
+    low_latency_mode(facts)
     own_handle(facts, handle, LowLatencyHandle)
-    experts, rows, hidden = handle.shape(facts.num_ranks)
-    tokens = tensor("x", x, torch.bfloat16, [experts, rows, hidden], facts.device)
-    idx = _contiguous(tensor("topk_idx", topk_idx, torch.int64, [handle.num_tokens, handle.top_k], facts.device))
-    weights = weights_like(facts, topk_weights, idx)
-    flag("use_logfmt", use_logfmt)
-    if flag("zero_copy", zero_copy) and use_logfmt:
-        raise ArgumentError("zero_copy and use_logfmt exclude each other; got both")
-    if not zero_copy:
-        tensor("x", x, torch.bfloat16, [experts, rows, hidden], facts.device, contiguous="all")
-    if out is not None:
-        tensor("out", out, torch.bfloat16, [handle.num_tokens, hidden], facts.device, contiguous="all")
-        if facts.device.type == "cuda" and out.data_ptr() % 16:
-            raise ArgumentError("out must begin at a multiple of 16 bytes on CUDA; this view begins between two")
-    wait_statistics(facts, "combine_wait_recv_cost_stats", wait_stats)
-    return LowLatencyCombineRequest(tokens, idx, weights, handle, use_logfmt, out, wait_stats)
+    key, form = facts.passed.find(
+        x,
+        topk_idx,
+        topk_weights,
+        (out, wait_stats),
+        (handle._form, use_logfmt, zero_copy, async_finish, return_recv_hook),
+    )
+    if form is None:
+        stream_arguments(None, async_finish, False, return_recv_hook)
+        shape = handle.shape(facts.num_ranks)
+        tensor("x", x, torch.bfloat16, shape, facts.device)
+        tensor("topk_idx", topk_idx, torch.int64, [handle.num_tokens, handle.top_k], facts.device)
+        weights_like(facts, topk_weights, topk_idx)
+        flag("use_logfmt", use_logfmt)
+        if flag("zero_copy", zero_copy) and use_logfmt:
+            raise ArgumentError("zero_copy and use_logfmt exclude each other; got both")
+        if not zero_copy:
+            tensor("x", x, torch.bfloat16, shape, facts.device, contiguous="all")
+        if out is not None:
+            tensor("out", out, torch.bfloat16, [handle.num_tokens, handle.hidden], facts.device, contiguous="all")
+        wait_statistics(facts, "combine_wait_recv_cost_stats", wait_stats)
+        form = LowLatencyCombineForm(use_logfmt, return_recv_hook)
+        facts.passed.add(key, form)
+    if not topk_idx.is_cuda:
+        topk_idx, topk_weights = topk_idx.contiguous(), topk_weights.detach().contiguous()
+    elif out is not None and out.data_ptr() % 16:
+        raise ArgumentError("out must begin at a multiple of 16 bytes on CUDA; this view begins between two")
+    return LowLatencyCombineRequest(form, x, topk_idx, topk_weights, handle, out, wait_stats)
 
 
 def wait_statistics(facts: BufferFacts, name: str, stats: Any) -> None:

@@ -7,7 +7,9 @@ N_recv the rows this rank received.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -79,8 +81,6 @@ class LowLatencyHandle:
     With `return_recv_hook` the tensors are filled by the hook.
 
     Attributes:
-        recv_src_idx: `[L, M*R] int32`; the token's index on its source rank, row by row of `recv_x`.
-        recv_layout_range: `[L, R] int64`; `begin << 32 | count` of each source rank's rows.
         num_max_dispatch_tokens_per_rank: M.
         hidden: H.
         num_experts: E.
@@ -89,17 +89,31 @@ class LowLatencyHandle:
         weighted: whether `topk_weights` travelled along, so that combine sums a rank's experts before sending.
     """
 
-    recv_src_idx: torch.Tensor
-    recv_layout_range: torch.Tensor
     num_max_dispatch_tokens_per_rank: int
     hidden: int
     num_experts: int
     num_tokens: int
     top_k: int
     weighted: bool
+    _make_tensors: Callable[[], tuple[torch.Tensor, torch.Tensor]] = field(repr=False)  # views, which cost time
     _owner: object = field(repr=False, default=None)
+    _form: object = field(repr=False, default=None)  # shared by handles of calls that are alike
     _epoch: int = field(repr=False, default=0)
     _backend_state: Any = field(repr=False, default=None)
+
+    @cached_property
+    def _tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._make_tensors()
+
+    @property
+    def recv_src_idx(self) -> torch.Tensor:
+        """`[L, M*R] int32`; the token's index on its source rank, row by row of `recv_x`."""
+        return self._tensors[0]
+
+    @property
+    def recv_layout_range(self) -> torch.Tensor:
+        """`[L, R] int64`; `begin << 32 | count` of each source rank's rows."""
+        return self._tensors[1]
 
     def shape(self, num_ranks: int) -> tuple[int, int, int]:
         """`(L, M*R, H)`: the shape of what the dispatch received, and of what combine takes."""
@@ -107,5 +121,5 @@ class LowLatencyHandle:
 
     def __getitem__(self, index: int) -> torch.Tensor:
         if index in (0, 1):
-            return (self.recv_src_idx, self.recv_layout_range)[index]
+            return self._tensors[index]
         raise IndexError("LowLatencyHandle: handle[0] is recv_src_idx, handle[1] is recv_layout_range")

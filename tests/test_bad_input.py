@@ -386,6 +386,10 @@ CASES: list[Case] = [
     *topk_cases("low_latency_dispatch", compares_values),
     *(value_case("low_latency_dispatch", "num_experts", value) for value in COUNTS),
     *(value_case("low_latency_dispatch", "num_max_dispatch_tokens_per_rank", value) for value in COUNTS),
+    # Equal to what has passed in the calls of earlier cases, and of another type.
+    value_case("low_latency_dispatch", "num_max_dispatch_tokens_per_rank", float(MAX_TOKENS), "of another type"),
+    *(value_case("low_latency_dispatch", name, 0) for name in ("use_fp8", "round_scale", "use_ue8m0", "async_finish")),
+    *(value_case("low_latency_combine", name, 0) for name in ("use_logfmt", "zero_copy", "return_recv_hook")),
     Case("low_latency_dispatch", "num_experts", "not a multiple of R", more_experts),
     Case("low_latency_dispatch", "num_max_dispatch_tokens_per_rank", "more tokens than M", too_many_tokens),
     Case("low_latency_dispatch", "num_rdma_bytes", "too few for M", lambda a: a.update(HUGE)),

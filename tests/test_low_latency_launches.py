@@ -18,7 +18,9 @@ import torch
 from hpc_moe import _C, ArgumentError
 from hpc_moe._backends.requests import (
     OPERATIONS,
+    LowLatencyCombineForm,
     LowLatencyCombineRequest,
+    LowLatencyDispatchForm,
     LowLatencyDispatchRequest,
     LowLatencyDispatchResult,
     StreamArguments,
@@ -27,6 +29,7 @@ from hpc_moe.handles import LowLatencyHandle
 
 if hasattr(_C, "CudaRuntime"):
     from hpc_moe._backends.cuda import backend as backends
+    from hpc_moe._backends.cuda import low_latency
     from hpc_moe._backends.cuda.backend import CudaBackend
     from hpc_moe._backends.cuda.low_latency import LowLatency
 
@@ -66,20 +69,22 @@ class Runtime:
 
     def __init__(self) -> None:
         self.launches: list[tuple[str, int, int]] = []
-        self.params: list[Any] = []
+        self.addresses: list[tuple[int, ...]] = []  # that they were given
         self.indices: list[list[int]] = []  # that dispatches were given
 
     def launch_low_latency_dispatch(
-        self, params: Any, scale_bytes: int, agreed: list[int], halves: int, stream: int
+        self, params: Any, scale_bytes: int, agreed: list[int], x: int, x_stride: int, topk_index: int, *more: int
     ) -> None:
+        *addresses, halves, stream = more
         self.launches.append(("dispatch", halves, stream))
-        self.params.append(params)
+        self.addresses.append((x, x_stride, topk_index, *addresses))
         count = params.num_tokens * params.top_k
-        self.indices.append(list((ctypes.c_int64 * count).from_address(params.topk_index)))
+        self.indices.append(list((ctypes.c_int64 * count).from_address(topk_index)))
 
-    def launch_low_latency_combine(self, params: Any, agreed: list[int], halves: int, stream: int) -> None:
+    def launch_low_latency_combine(self, params: Any, agreed: list[int], *more: int) -> None:
+        *addresses, halves, stream = more
         self.launches.append(("combine", halves, stream))
-        self.params.append(params)
+        self.addresses.append(tuple(addresses))
 
     def launch_low_latency_reject(self, operation: int, text: str, stream: int) -> None:
         self.launches.append((("", "", "reject dispatch", "reject combine")[operation], 0, stream))
@@ -109,6 +114,7 @@ class World:
         self.current, self.is_capturing = self.streams[0], False
         self.lent: list[tuple[torch.Tensor, Stream]] = []
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
+        monkeypatch.setattr(low_latency, "current_stream_number", lambda device: self.current.cuda_stream)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.is_capturing)
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: self.lent.append((tensor, stream)))
@@ -134,34 +140,39 @@ class World:
         return self.runtime.launches
 
     def dispatch(self, later: bool = True, hidden: int = HIDDEN, **changes: Any) -> LowLatencyDispatchResult:
-        """Through the checks that `Buffer` makes."""
+        """Through the checks that `Buffer` makes. `changes`: of the form or of the request."""
         arguments: dict[str, Any] = {
-            "x": torch.zeros(M, hidden, dtype=torch.bfloat16),
-            "topk_idx": torch.arange(TOP_K).repeat(M, 1),
-            "topk_weights": torch.ones(M, TOP_K),
-            "layout": None,
+            "num_tokens": M,
+            "hidden": hidden,
+            "top_k": TOP_K,
             "num_max_tokens": M,
             "num_experts": EXPERTS,
-            "recv_stats": None,
-            "wait_stats": None,
+            "weighted": True,
             "use_fp8": False,
             "round_scale": False,
             "use_ue8m0": False,
             "return_recv_hook": later,
+            "x": torch.zeros(M, hidden, dtype=torch.bfloat16),
+            "topk_idx": torch.arange(TOP_K).repeat(M, 1),
+            "topk_weights": torch.ones(M, TOP_K),
+            "recv_stats": None,
+            "wait_stats": None,
+            **changes,
         }
+        tensors = {name: arguments.pop(name) for name in ("x", "topk_idx", "topk_weights", "recv_stats", "wait_stats")}
         self.backend.check_unreceived(later)
-        return self.backend.low_latency_dispatch(LowLatencyDispatchRequest(**{**arguments, **changes}))
+        form = LowLatencyDispatchForm(**arguments)
+        return self.backend.low_latency_dispatch(LowLatencyDispatchRequest(form, **tensors))
 
     def combine(self, handle: LowLatencyHandle, later: bool = True, **changes: Any) -> Any:
         arguments: dict[str, Any] = {
+            "form": LowLatencyCombineForm(False, later),
             "x": torch.zeros(handle.shape(RANKS), dtype=torch.bfloat16),
             "topk_idx": torch.arange(TOP_K).repeat(M, 1),
             "topk_weights": torch.ones(M, TOP_K),
             "handle": handle,
-            "use_logfmt": False,
             "out": None,
             "wait_stats": None,
-            "return_recv_hook": later,
         }
         request = LowLatencyCombineRequest(**{**arguments, **changes})
         self.backend.check_routing(request)
@@ -191,7 +202,7 @@ def test_hooks_launch_what_comes_before_them_too_and_once(world: World) -> None:
     assert [halves for _, halves, _ in world.launches] == [SEND, SEND]
     second.receive()
     assert [halves for _, halves, _ in world.launches] == [SEND, SEND, RECEIVE, RECEIVE]
-    assert world.runtime.params[2] is world.runtime.params[0] and world.runtime.params[3] is world.runtime.params[1]
+    assert world.runtime.addresses[2:] == world.runtime.addresses[:2]
     first.receive()
     second.receive()
     assert len(world.launches) == 4
@@ -264,19 +275,19 @@ def test_copies_of_what_is_not_contiguous_live_until_they_have_been_read(world: 
     topk_weights = torch.rand(TOP_K, M).t()
     x = torch.zeros(M * (HIDDEN + 3) + 1, dtype=torch.bfloat16)[1:].view(M, HIDDEN + 3)[:, :HIDDEN]
     sent = world.dispatch(topk_idx=topk_idx, topk_weights=topk_weights, x=x)
-    params = world.runtime.params[0]
+    x_at, x_stride, *others = world.runtime.addresses[0]
     assert world.runtime.indices == [topk_idx.flatten().tolist()]
-    assert params.x % 16 == 0 and params.x_stride == 2 * HIDDEN
+    assert x_at % 16 == 0 and x_stride == 2 * HIDDEN
     kept = {tensor.data_ptr() for tensor in world.low_latency._unreceived[0].used if tensor is not None}
-    assert {params.topk_index, params.topk_weights, params.recv_rows, params.arrivals} <= kept
+    assert set(others) == kept | {0}  # there are no scales and no statistics
     sent.receive()
 
     y = torch.zeros(M * EXPERTS * HIDDEN + 1, dtype=torch.bfloat16)[1:].view(sent.handle.shape(RANKS))
     receive = world.combine(sent.handle, x=y, topk_idx=topk_idx, topk_weights=topk_weights)
-    params = world.runtime.params[-1]
-    assert params.x % 16 == 0
+    x_at, *others = world.runtime.addresses[-1]
+    assert x_at % 16 == 0
     kept = {tensor.data_ptr() for tensor in world.low_latency._unreceived[0].used if tensor is not None}
-    assert {params.topk_index, params.topk_weights, params.combined, params.arrivals} <= kept
+    assert set(others) == kept | {0}
     receive()
 
 
@@ -284,7 +295,7 @@ def test_copies_of_what_is_not_contiguous_live_until_they_have_been_read(world: 
     ("argument", "changes"),
     [
         ("num_max_dispatch_tokens_per_rank", {"num_max_tokens": 1 << 20}),
-        ("topk_idx", {"topk_idx": torch.zeros(M, 40, dtype=torch.int64), "topk_weights": None}),
+        ("topk_idx", {"top_k": 40}),
         ("num_experts", {"num_experts": 1 << 20}),
     ],
 )
@@ -340,7 +351,7 @@ def test_memory_of_another_stream_is_lent(world: World) -> None:
     world.current = world.streams[1]
     sent.receive()
     lent = {tensor.data_ptr() for tensor, _ in world.lent}
-    assert {sent.recv_x.data_ptr(), sent.recv_count.data_ptr(), sent.handle[0].data_ptr()} <= lent
+    assert {sent.recv_x.data_ptr(), sent.handle._backend_state.memory.data_ptr()} <= lent
     assert all(stream is world.streams[1] for _, stream in world.lent)
     world.lent.clear()
     world.combine(sent.handle, later=False)

@@ -133,38 +133,21 @@ void bind_low_latency(py::module_& module) {
     py::class_<LowLatencyDispatchParams> dispatch(module, "LowLatencyDispatchParams");
     def_low_latency_call(dispatch);
     dispatch.def_readwrite("round_scale", &LowLatencyDispatchParams::round_scale)
-        .def_readwrite("use_ue8m0", &LowLatencyDispatchParams::use_ue8m0)
-        .def_readwrite("x_stride", &LowLatencyDispatchParams::x_stride)
-        .def_property(
-            "recv_scales",
-            [](const LowLatencyDispatchParams& self) { return reinterpret_cast<uintptr_t>(self.recv_scales); },
-            [](LowLatencyDispatchParams& self, uintptr_t address) { self.recv_scales = at<void>(address); });
-    def_address(dispatch, "x", &LowLatencyDispatchParams::x);
-    def_address(dispatch, "topk_index", &LowLatencyDispatchParams::topk_index);
-    def_address(dispatch, "topk_weights", &LowLatencyDispatchParams::topk_weights);
-    def_address(dispatch, "recv_rows", &LowLatencyDispatchParams::recv_rows);
-    def_address(dispatch, "recv_count", &LowLatencyDispatchParams::recv_count);
-    def_address(dispatch, "recv_src_idx", &LowLatencyDispatchParams::recv_src_idx);
-    def_address(dispatch, "layout_range", &LowLatencyDispatchParams::layout_range);
-    def_address(dispatch, "recv_stats", &LowLatencyDispatchParams::recv_stats);
-    def_address(dispatch, "wait_stats", &LowLatencyDispatchParams::wait_stats);
-    def_address(dispatch, "arrivals", &LowLatencyDispatchParams::arrivals);
-    def_address(dispatch, "tokens", &LowLatencyDispatchParams::tokens);
-    def_address(dispatch, "token_rows", &LowLatencyDispatchParams::token_rows);
-    def_address(dispatch, "token_weights", &LowLatencyDispatchParams::token_weights);
+        .def_readwrite("use_ue8m0", &LowLatencyDispatchParams::use_ue8m0);
 
     py::class_<LowLatencyCombineParams> combine(module, "LowLatencyCombineParams");
     def_low_latency_call(combine);
     combine.def_readwrite("use_logfmt", &LowLatencyCombineParams::use_logfmt);
-    def_address(combine, "x", &LowLatencyCombineParams::x);
-    def_address(combine, "arrivals", &LowLatencyCombineParams::arrivals);
-    def_address(combine, "tokens", &LowLatencyCombineParams::tokens);
-    def_address(combine, "token_rows", &LowLatencyCombineParams::token_rows);
-    def_address(combine, "token_weights", &LowLatencyCombineParams::token_weights);
-    def_address(combine, "topk_index", &LowLatencyCombineParams::topk_index);
-    def_address(combine, "topk_weights", &LowLatencyCombineParams::topk_weights);
-    def_address(combine, "combined", &LowLatencyCombineParams::combined);
-    def_address(combine, "wait_stats", &LowLatencyCombineParams::wait_stats);
+
+    py::class_<RoutingParts>(module, "RoutingParts")
+        .def_readonly("layout_range", &RoutingParts::layout_range)
+        .def_readonly("recv_count", &RoutingParts::recv_count)
+        .def_readonly("recv_src_idx", &RoutingParts::recv_src_idx)
+        .def_readonly("end", &RoutingParts::end);
+    module.def(
+        "lay_out_routing",
+        [](const LowLatencyDispatchParams& params, int num_ranks) { return lay_out_routing(params.call, num_ranks); },
+        py::arg("params"), py::arg("num_ranks"));
 }
 
 py::dict describe_error(const ErrorRecord& error, int num_ranks) {
@@ -287,16 +270,34 @@ void bind_runtime(py::module_& module) {
         .def("restart_low_latency", &CudaRuntime::restart_low_latency, py::arg("epoch"), py::arg("masked"))
         .def(
             "launch_low_latency_dispatch",
-            [](CudaRuntime& self, const LowLatencyDispatchParams& params, int scale_bytes,
-               const std::vector<int64_t>& agreed, int halves, uintptr_t stream) {
-                self.launch_low_latency_dispatch(params, scale_bytes, agreed, halves, stream_at(stream));
+            [](CudaRuntime& self, LowLatencyDispatchParams params, int scale_bytes, const std::vector<int64_t>& agreed,
+               uintptr_t x, int64_t x_stride, uintptr_t topk_index, uintptr_t topk_weights, uintptr_t recv_rows,
+               uintptr_t recv_scales, uintptr_t routing, uintptr_t recv_stats, uintptr_t wait_stats, int halves,
+               uintptr_t stream) {
+                params.x = at<const uint8_t>(x), params.x_stride = x_stride;
+                params.topk_index = at<const int64_t>(topk_index);
+                params.topk_weights = at<const float>(topk_weights);
+                params.recv_rows = at<uint8_t>(recv_rows), params.recv_scales = at<void>(recv_scales);
+                params.recv_stats = at<int32_t>(recv_stats), params.wait_stats = at<int64_t>(wait_stats);
+                self.launch_low_latency_dispatch(params, scale_bytes, agreed, at<uint8_t>(routing), halves,
+                                                 stream_at(stream));
             },
-            py::arg("params"), py::arg("scale_bytes"), py::arg("agreed"), py::arg("halves"), py::arg("stream"))
+            py::arg("params"), py::arg("scale_bytes"), py::arg("agreed"), py::arg("x"), py::arg("x_stride"),
+            py::arg("topk_index"), py::arg("topk_weights"), py::arg("recv_rows"), py::arg("recv_scales"),
+            py::arg("routing"), py::arg("recv_stats"), py::arg("wait_stats"), py::arg("halves"), py::arg("stream"))
         .def(
             "launch_low_latency_combine",
-            [](CudaRuntime& self, const LowLatencyCombineParams& params, const std::vector<int64_t>& agreed, int halves,
-               uintptr_t stream) { self.launch_low_latency_combine(params, agreed, halves, stream_at(stream)); },
-            py::arg("params"), py::arg("agreed"), py::arg("halves"), py::arg("stream"))
+            [](CudaRuntime& self, LowLatencyCombineParams params, const std::vector<int64_t>& agreed, uintptr_t x,
+               uintptr_t topk_index, uintptr_t topk_weights, uintptr_t routing, uintptr_t combined,
+               uintptr_t wait_stats, int halves, uintptr_t stream) {
+                params.x = at<const uint8_t>(x);
+                params.topk_index = at<const int64_t>(topk_index);
+                params.topk_weights = at<const float>(topk_weights);
+                params.combined = at<uint8_t>(combined), params.wait_stats = at<int64_t>(wait_stats);
+                self.launch_low_latency_combine(params, agreed, at<const uint8_t>(routing), halves, stream_at(stream));
+            },
+            py::arg("params"), py::arg("agreed"), py::arg("x"), py::arg("topk_index"), py::arg("topk_weights"),
+            py::arg("routing"), py::arg("combined"), py::arg("wait_stats"), py::arg("halves"), py::arg("stream"))
         .def(
             "launch_low_latency_reject",
             [](CudaRuntime& self, int operation, const std::string& text, uintptr_t stream) {

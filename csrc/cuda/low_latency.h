@@ -118,6 +118,12 @@ struct Arrivals {
     int32_t unused;
 };
 
+// The piece of memory that all results of a dispatch share but its rows and scales: where in it each begins, in bytes,
+// at multiples of 16. Arrivals are at its start.
+struct RoutingParts {
+    int64_t layout_range, recv_count, recv_src_idx, tokens, token_rows, token_weights, end;
+};
+
 struct LowLatencyDispatchParams {
     LowLatencyCall call;
     PacketShape packet;
@@ -158,6 +164,26 @@ struct LowLatencyCombineParams {
     uint8_t* combined;    // [T, H] bf16
     int64_t* wait_stats;  // [R], cycles, added to, or null
 };
+
+inline RoutingParts lay_out_routing(const LowLatencyCall& call, int num_ranks) {
+    const int64_t local = call.num_local_experts, rows = static_cast<int64_t>(call.num_max_tokens) * num_ranks;
+    const int64_t columns = rows * call.top_k;
+    int64_t end = sizeof(Arrivals);
+    const auto place = [&end](int64_t bytes) {
+        const int64_t begin = end;
+        end += (bytes + 15) / 16 * 16;
+        return begin;
+    };
+    RoutingParts parts{};
+    parts.layout_range = place(8 * local * num_ranks);
+    parts.recv_count = place(4 * local);
+    parts.recv_src_idx = place(4 * local * rows);
+    parts.tokens = place(4 * rows);
+    parts.token_rows = place(4 * columns);
+    parts.token_weights = place(call.weighted ? 4 * columns : 0);
+    parts.end = end;
+    return parts;
+}
 
 constexpr int num_chunks(int row_bytes) { return (row_bytes + kChunkBytes - 1) / kChunkBytes; }
 

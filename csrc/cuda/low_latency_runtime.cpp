@@ -53,17 +53,32 @@ void CudaRuntime::fill_low_latency_call(LowLatencyCall& call, LowLatencyKind kin
 }
 
 void CudaRuntime::launch_low_latency_dispatch(LowLatencyDispatchParams params, int scale_bytes,
-                                              const std::vector<int64_t>& agreed, int halves, cudaStream_t stream) {
+                                              const std::vector<int64_t>& agreed, uint8_t* routing, int halves,
+                                              cudaStream_t stream) {
     DeviceGuard guard(device_);
     fill_low_latency_call(params.call, kLowLatencyDispatch, agreed, halves);
     params.packet = shape_packet(params.call.hidden, scale_bytes);
+    const RoutingParts parts = lay_out_routing(params.call, num_ranks_);
+    params.arrivals = reinterpret_cast<Arrivals*>(routing);
+    params.layout_range = reinterpret_cast<int64_t*>(routing + parts.layout_range);
+    params.recv_count = reinterpret_cast<int32_t*>(routing + parts.recv_count);
+    params.recv_src_idx = reinterpret_cast<int32_t*>(routing + parts.recv_src_idx);
+    params.tokens = reinterpret_cast<int32_t*>(routing + parts.tokens);
+    params.token_rows = reinterpret_cast<int32_t*>(routing + parts.token_rows);
+    params.token_weights = params.call.weighted ? reinterpret_cast<float*>(routing + parts.token_weights) : nullptr;
     launchers_->dispatch(params, limit_blocks(kLowLatencyBlocks), stream);
 }
 
 void CudaRuntime::launch_low_latency_combine(LowLatencyCombineParams params, const std::vector<int64_t>& agreed,
-                                             int halves, cudaStream_t stream) {
+                                             const uint8_t* routing, int halves, cudaStream_t stream) {
     DeviceGuard guard(device_);
     fill_low_latency_call(params.call, kLowLatencyCombine, agreed, halves);
+    const RoutingParts parts = lay_out_routing(params.call, num_ranks_);
+    params.arrivals = reinterpret_cast<const Arrivals*>(routing);
+    params.tokens = reinterpret_cast<const int32_t*>(routing + parts.tokens);
+    params.token_rows = reinterpret_cast<const int32_t*>(routing + parts.token_rows);
+    params.token_weights =
+        params.call.weighted ? reinterpret_cast<const float*>(routing + parts.token_weights) : nullptr;
     launchers_->combine(params, limit_blocks(kLowLatencyBlocks), stream);
 }
 

@@ -110,11 +110,12 @@ class CudaRuntime {
                      bool may_mask);
     // Reaches ranks (a bit each) by puts; pes: of all ranks; launchers: of the module that has kernels with puts.
     void set_puts(uint32_t ranks, const std::vector<int>& pes, const LowLatencyLaunchers& launchers);
-    // scale_bytes: for each 128 channels of e4m3; 0: bf16.
+    // scale_bytes: for each 128 channels of e4m3; 0: bf16. routing: laid out as RoutingParts.
     void launch_low_latency_dispatch(LowLatencyDispatchParams params, int scale_bytes,
-                                     const std::vector<int64_t>& agreed, int halves, cudaStream_t stream);
-    void launch_low_latency_combine(LowLatencyCombineParams params, const std::vector<int64_t>& agreed, int halves,
-                                    cudaStream_t stream);
+                                     const std::vector<int64_t>& agreed, uint8_t* routing, int halves,
+                                     cudaStream_t stream);
+    void launch_low_latency_combine(LowLatencyCombineParams params, const std::vector<int64_t>& agreed,
+                                    const uint8_t* routing, int halves, cudaStream_t stream);
     // Ranks that low-latency calls go on without (a bit each): masks more of them; writes who is, [num_ranks].
     void mask_ranks(uint32_t ranks, cudaStream_t stream);
     void query_masks(uintptr_t masked, cudaStream_t stream);

@@ -117,34 +117,44 @@ class CombineRequest:
         }
 
 
-@dataclass
-class LowLatencyDispatchRequest:
-    """A `low_latency_dispatch`. Tensors that are contiguous here need not be on CUDA, where a copy is part of the call.
+@dataclass(eq=False)
+class LowLatencyDispatchForm:
+    """All that has been checked of a low-latency dispatch: calls that are alike share one, and are not checked again.
 
-    `layout` is None on CUDA: the kernels look at the indices.
+    Attributes:
+        num_tokens: T.
+        hidden: H.
+        top_k: K.
+        num_max_tokens: M.
+        num_experts: E.
+        weighted: whether `topk_weights` are given.
+        use_fp8: cast to e4m3.
+        round_scale: round its scales up to powers of two.
+        use_ue8m0: and store them as exponents.
+        return_recv_hook: receive later.
+        plan: what the backend has prepared for such calls.
     """
 
-    x: torch.Tensor  # [T, H] bf16
-    topk_idx: torch.Tensor  # [T, K] int64, contiguous
-    topk_weights: torch.Tensor | None  # [T, K] float32, contiguous
-    layout: Layout | None
-    num_max_tokens: int  # M
+    num_tokens: int
+    hidden: int
+    top_k: int
+    num_max_tokens: int
     num_experts: int
-    recv_stats: torch.Tensor | None  # [L] int32
-    wait_stats: torch.Tensor | None  # [R] int64
+    weighted: bool
     use_fp8: bool
     round_scale: bool
     use_ue8m0: bool
-    return_recv_hook: bool = False
+    return_recv_hook: bool
+    plan: Any = None
 
     def agreed(self) -> dict[str, int]:
         """What must be equal on all ranks."""
         return {
-            "hidden": self.x.shape[1],
-            "top_k": self.topk_idx.shape[1],
+            "hidden": self.hidden,
+            "top_k": self.top_k,
             "num_experts": self.num_experts,
             "num_max_dispatch_tokens_per_rank": self.num_max_tokens,
-            "whether topk_weights are given": int(self.topk_weights is not None),
+            "whether topk_weights are given": int(self.weighted),
             "use_fp8": int(self.use_fp8),
             "round_scale": int(self.round_scale),
             "use_ue8m0": int(self.use_ue8m0),
@@ -153,24 +163,58 @@ class LowLatencyDispatchRequest:
 
 
 @dataclass
+class LowLatencyDispatchRequest:
+    """A `low_latency_dispatch`. Tensors that are contiguous here need not be on CUDA, where a copy is part of the call.
+
+    `layout` is None on CUDA: the kernels look at the indices.
+    """
+
+    form: LowLatencyDispatchForm
+    x: torch.Tensor  # [T, H] bf16
+    topk_idx: torch.Tensor  # [T, K] int64, contiguous
+    topk_weights: torch.Tensor | None  # [T, K] float32, contiguous
+    recv_stats: torch.Tensor | None  # [L] int32
+    wait_stats: torch.Tensor | None  # [R] int64
+    layout: Layout | None = None
+
+    def agreed(self) -> dict[str, int]:
+        """What must be equal on all ranks."""
+        return self.form.agreed()
+
+
+@dataclass(eq=False)
+class LowLatencyCombineForm:
+    """All that has been checked of a low-latency combine, but for its handle; shared as that of a dispatch.
+
+    Attributes:
+        use_logfmt: send rows in the logarithmic format.
+        return_recv_hook: receive later.
+        plan: what the backend has prepared for such calls.
+    """
+
+    use_logfmt: bool
+    return_recv_hook: bool
+    plan: Any = None
+
+
+@dataclass
 class LowLatencyCombineRequest:
     """A `low_latency_combine`; `x` is the handle's staging buffer in a zero-copy one."""
 
+    form: LowLatencyCombineForm
     x: torch.Tensor  # [L, M*R, H] bf16, contiguous
     topk_idx: torch.Tensor  # [T, K] int64, contiguous (as in a dispatch)
     topk_weights: torch.Tensor  # [T, K] float32, contiguous (as in a dispatch)
     handle: LowLatencyHandle
-    use_logfmt: bool
     out: torch.Tensor | None  # [T, H] bf16, contiguous
     wait_stats: torch.Tensor | None  # [R] int64
-    return_recv_hook: bool = False
 
     def agreed(self) -> dict[str, int]:
         """What must be equal on all ranks."""
         return {
             "handle": self.handle._epoch,
-            "use_logfmt": int(self.use_logfmt),
-            "return_recv_hook": int(self.return_recv_hook),
+            "use_logfmt": int(self.form.use_logfmt),
+            "return_recv_hook": int(self.form.return_recv_hook),
         }
 
 

@@ -156,15 +156,15 @@ class LowLatency:
         shape.has_source_index = shape.has_topk_index = True
         shape.has_weights = request.topk_weights is not None
         view.topk_index, view.topk_weights = address(request.topk_idx), address(request.topk_weights)
-        if not request.use_fp8:
+        if not request.form.use_fp8:
             shape.row_bytes = 2 * hidden
             view.rows, view.row_stride = address(x), 2 * x.stride(0)
             return shape, view, []
         q = torch.empty(num_tokens, hidden, dtype=torch.uint8)
         groups = hidden // 128
-        scales = torch.empty(num_tokens, groups, dtype=torch.uint8 if request.use_ue8m0 else torch.float32)
+        scales = torch.empty(num_tokens, groups, dtype=torch.uint8 if request.form.use_ue8m0 else torch.float32)
         _C.cast_to_fp8(
-            address(x), x.stride(0), num_tokens, hidden, request.round_scale, request.use_ue8m0, address(q),
+            address(x), x.stride(0), num_tokens, hidden, request.form.round_scale, request.form.use_ue8m0, address(q),
             address(scales), self._backend.runtime.num_threads,
         )  # fmt: skip
         shape.row_bytes, shape.scale_bytes = hidden, groups * scales.element_size()
@@ -178,20 +178,20 @@ class LowLatency:
         assert request.layout is not None
         num_ranks = self._backend.num_ranks
         num_tokens, hidden = request.x.shape
-        local, rows = request.num_experts // num_ranks, request.num_max_tokens * num_ranks
+        local, rows = request.form.num_experts // num_ranks, request.form.num_max_tokens * num_ranks
         scales = None
-        if request.use_fp8:
-            dtype = torch.int32 if request.use_ue8m0 else torch.float32
+        if request.form.use_fp8:
+            dtype = torch.int32 if request.form.use_ue8m0 else torch.float32
             scales = torch.empty(local, shape.scale_bytes // 4, rows, dtype=dtype).transpose(1, 2)
+        tensors = torch.empty(local, rows, dtype=torch.int32), torch.empty(local, num_ranks, dtype=torch.int64)
         handle = LowLatencyHandle(
-            recv_src_idx=torch.empty(local, rows, dtype=torch.int32),
-            recv_layout_range=torch.empty(local, num_ranks, dtype=torch.int64),
-            num_max_dispatch_tokens_per_rank=request.num_max_tokens,
+            num_max_dispatch_tokens_per_rank=request.form.num_max_tokens,
             hidden=hidden,
-            num_experts=request.num_experts,
+            num_experts=request.form.num_experts,
             num_tokens=num_tokens,
             top_k=request.topk_idx.shape[1],
             weighted=request.topk_weights is not None,
+            _make_tensors=lambda: tensors,
             _epoch=call.epoch,
         )
         handle._backend_state = Routing(
@@ -203,7 +203,7 @@ class LowLatency:
             grouped_rows=np.empty((0, 0), np.int32),
             token_weights=None,
         )
-        dtype = torch.float8_e4m3fn if request.use_fp8 else torch.bfloat16
+        dtype = torch.float8_e4m3fn if request.form.use_fp8 else torch.bfloat16
         recv_x = torch.empty(local, rows, hidden, dtype=dtype)
         return LowLatencyDispatchResult(recv_x, scales, torch.empty(local, dtype=torch.int32), handle, None)
 
@@ -320,10 +320,10 @@ class LowLatency:
                 address(x), hidden, address(routing.grouped_rows), address(routing.token_weights), begin, end - begin,
                 request.handle.top_k, output, self._backend.runtime.num_threads,
             )  # fmt: skip
-            return self._encode(call, request.use_logfmt, address(sums), None, end - begin, hidden)
+            return self._encode(call, request.form.use_logfmt, address(sums), None, end - begin, hidden)
         rows = routing.grouped_rows[begin:end].ravel()
         rows = np.ascontiguousarray(rows[rows >= 0])
-        return self._encode(call, request.use_logfmt, address(x), rows, len(rows), hidden)
+        return self._encode(call, request.form.use_logfmt, address(x), rows, len(rows), hidden)
 
     def _encode(
         self, call: Call, use_logfmt: bool, x: int, selection: np.ndarray | None, num_rows: int, hidden: int
@@ -349,14 +349,14 @@ class LowLatency:
         messages[backend.rank] = own
         contributions, missing = [], []
         decoded = []  # kept alive
-        shape = _row_shape(handle.hidden, request.use_logfmt)
+        shape = _row_shape(handle.hidden, request.form.use_logfmt)
         for rank, num_rows in enumerate(self._rows_expected(handle, routing)):
             packet = _C.Packet.at(shape, address(messages[rank]) + HEADER_BYTES) if rank in messages else None
             # A rank that was masked during the dispatch never got the tokens.
             missing.append(packet is None or packet.num_rows != num_rows)
             if packet is None or missing[-1]:
                 contributions.append(_C.Contribution())
-            elif request.use_logfmt:
+            elif request.form.use_logfmt:
                 rows = np.empty((packet.num_rows, handle.hidden), np.float32)
                 _C.decode_logfmt(packet.rows, packet.num_rows, handle.hidden, address(rows))
                 decoded.append(rows)

@@ -8,6 +8,7 @@ it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import warnings
@@ -57,6 +58,7 @@ _SEED_VARIABLE, _MUTATION_VARIABLE = "HPC_MOE_TEST_STRESS_SEED", "HPC_MOE_TEST_M
 _LOW_LATENCY_OPERATIONS = OPERATIONS[2:4]
 
 T = TypeVar("T")
+Request = TypeVar("Request", DispatchRequest, CombineRequest, LowLatencyDispatchRequest, LowLatencyCombineRequest)
 
 
 def _link_rate() -> int:
@@ -250,10 +252,10 @@ class CudaBackend(Backend):
             )
 
     def dispatch(self, request: DispatchRequest) -> DispatchResult:
-        return self._call("dispatch", request, lambda: dispatch(self, request))
+        return self._call("dispatch", request, functools.partial(dispatch, self))
 
     def combine(self, request: CombineRequest) -> CombineResult:
-        return self._call("combine", request, lambda: combine(self, request))
+        return self._call("combine", request, functools.partial(combine, self))
 
     # --- low-latency calls ---------------------------------------------------------------------------------------
 
@@ -263,10 +265,10 @@ class CudaBackend(Backend):
         return self.low_latency
 
     def low_latency_dispatch(self, request: LowLatencyDispatchRequest) -> LowLatencyDispatchResult:
-        return self._call("low_latency_dispatch", request, lambda: self._low_latency().dispatch(request))
+        return self._call("low_latency_dispatch", request, self._low_latency().dispatch)
 
     def low_latency_combine(self, request: LowLatencyCombineRequest) -> tuple[torch.Tensor, Callable[[], None] | None]:
-        return self._call("low_latency_combine", request, lambda: self._low_latency().combine(request))
+        return self._call("low_latency_combine", request, self._low_latency().combine)
 
     def receive_now(self, receive: Callable[[], None]) -> None:
         receive()
@@ -334,12 +336,10 @@ class CudaBackend(Backend):
                 raise ArgumentError(difference(key, values))
 
     def join_comm_stream(self, stream: torch.cuda.Stream) -> None:
-        """Make a stream wait for calls on the communication stream, unless it has done so.
+        """Make a stream wait for calls on the communication stream, unless it has done so. Not under capture.
 
         Two calls at once could wait for ever: each for SMs that the other one holds, on different ranks in other order.
         """
-        if torch.cuda.is_current_stream_capturing():
-            return
         if self._comm_stream_is_ahead or self._last_caller not in (None, stream):
             stream.wait_stream(self.comm_stream)
             self._comm_stream_is_ahead, self._last_caller = False, stream
@@ -347,8 +347,8 @@ class CudaBackend(Backend):
     def _call(
         self,
         name: str,
-        request: DispatchRequest | CombineRequest | LowLatencyDispatchRequest | LowLatencyCombineRequest,
-        make: Callable[[], T],
+        request: Request,
+        make: Callable[[Request], T],
     ) -> T:
         """Count the call and make it; when it has taken part, raise what an earlier one is known to have run into."""
         self.epoch += 1
@@ -358,7 +358,7 @@ class CudaBackend(Backend):
         pending = self._take_pending()
         self.entered, self._told = Entered.NOTHING, False
         try:
-            result = make()
+            result = make(request)
         except Exception as error:  # no memory for the results, say
             self._pending = self._pending or pending
             if self.entered in (Entered.NOTHING, Entered.EXCHANGE):
@@ -428,7 +428,7 @@ class CudaBackend(Backend):
 
     def _look(self) -> None:
         """Take the error that kernels reported, if there is one, and if no other is pending; a timeout in any case."""
-        if self.runtime.has_timeout() or (self._pending is None and self.runtime.has_error()):
+        if self.runtime.has_error() and (self._pending is None or self.runtime.has_timeout()):
             record = self.runtime.take_error(self.num_ranks)
             if record is not None:
                 self._pending = to_error(self, record, self._agreed_names)

@@ -6,11 +6,12 @@ current, not on the communication stream: waiting for another stream takes as lo
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,9 +20,15 @@ from ...config import low_latency_staging_bytes
 from ...errors import ArgumentError, Error
 from ...handles import LowLatencyHandle
 from ..addresses import address
-from ..requests import LowLatencyCombineRequest, LowLatencyDispatchRequest, LowLatencyDispatchResult
+from ..requests import (
+    LowLatencyCombineRequest,
+    LowLatencyDispatchForm,
+    LowLatencyDispatchRequest,
+    LowLatencyDispatchResult,
+)
 from .dispatch import aligned_rows
 from .pool import lies_in_a_window
+from .streams import current_stream_number
 
 if TYPE_CHECKING:
     from .backend import CudaBackend
@@ -30,8 +37,67 @@ if TYPE_CHECKING:
 # Sends of a buffer whose receive half has not run.
 MAX_UNRECEIVED = 2
 _SEND, _RECEIVE = 1, 2
-# Words in front of a routing's lists.
-_ARRIVALS = 4
+
+
+@dataclass(eq=False)
+class DispatchPlan:
+    """What dispatches that are alike have in common; to work it out takes longer than a launch.
+
+    Attributes:
+        params: for the kernels, but for addresses.
+        scale_bytes: of each 128 channels; 0 for bf16.
+        agreed: what must be equal on all ranks.
+        copies: whether tensors have strides that kernels do not take.
+        sizes: M, H and K.
+        shape: of `recv_x`.
+        like_rows: an empty tensor of the dtype of `recv_x`, on the same device.
+        scales: shape and strides of its scales; None for bf16.
+        like_scales: as `like_rows`.
+        num_ranks: R.
+        parts: of a routing's memory, in bytes.
+        words: how long that is, in units of 4 bytes.
+        counts: where in it `recv_count` is, in the same units.
+        like_memory: as `like_rows`.
+    """
+
+    params: _C.LowLatencyDispatchParams
+    scale_bytes: int
+    agreed: list[int]
+    copies: bool
+    sizes: tuple[int, int, int]
+    shape: tuple[int, int, int]
+    like_rows: torch.Tensor
+    scales: tuple[tuple[int, int, int], tuple[int, int, int]] | None
+    like_scales: torch.Tensor
+    num_ranks: int
+    parts: _C.RoutingParts
+    words: int
+    counts: slice
+    like_memory: torch.Tensor
+
+    def handle_tensors(self, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`recv_src_idx` and `recv_layout_range` of the handle, in its routing's memory."""
+        (local, rows, _), num_ranks = self.shape, self.num_ranks
+        words = memory.view(torch.int64)
+        return (
+            memory.as_strided((local, rows), (rows, 1), self.parts.recv_src_idx // 4),
+            words.as_strided((local, num_ranks), (num_ranks, 1), self.parts.layout_range // 8),
+        )
+
+
+@dataclass(eq=False)
+class CombinePlan:
+    """The same of combines.
+
+    Attributes:
+        params: for the kernels, but for addresses.
+        agreed: what must be equal on all ranks, but for the handle's number.
+        copies: whether tensors have strides that kernels do not take.
+    """
+
+    params: _C.LowLatencyCombineParams
+    agreed: list[int]
+    copies: bool
 
 
 @dataclass(eq=False)
@@ -41,31 +107,20 @@ class Routing:
     Attributes:
         staging: which of the two staging buffers is this handle's.
         made_on: the stream that `memory` is of.
-        memory: int32, for the kernels: `[4]`, how much arrived; `[R * M]`, the tokens that did; `[R * M, K]`, the rows
-            of `recv_x` that they have, -1 where there is none; and if weights travelled, `[R * M, K]` float32.
-        most: R * M.
-        top_k: K.
-        weighted: whether weights travelled.
+        memory: int32; what came, for the combine's kernel, and small results. `RoutingParts` of csrc/cuda/low_latency.h
+            says what lies where.
+        plan: of the dispatch.
         is_received: whether the receive half has been launched.
     """
 
     staging: int
     made_on: torch.cuda.Stream
     memory: torch.Tensor
-    most: int
-    top_k: int
-    weighted: bool
+    plan: DispatchPlan
     is_received: bool = False
 
-    def fill(self, params: _C.LowLatencyDispatchParams | _C.LowLatencyCombineParams) -> None:
-        """Tell a kernel where its parts are."""
-        begin = self.memory.data_ptr()
-        params.arrivals, params.tokens = begin, begin + 4 * _ARRIVALS
-        params.token_rows = params.tokens + 4 * self.most
-        params.token_weights = params.token_rows + 4 * self.most * self.top_k if self.weighted else 0
 
-
-def _launch_nothing(halves: int) -> None:
+def _launch_nothing() -> None:
     """In place of what has been launched."""
 
 
@@ -74,17 +129,19 @@ class Unreceived:
     """A call whose send half has been launched, and whose receive half has not.
 
     Attributes:
-        launch: launches halves of it.
+        launch: launches that.
         used: what the receive half reads and writes; kept alive here.
         made_on: the stream that it was sent on, and that `used` is memory of, as far as the library made it.
         is_captured: whether the send half is part of a CUDA graph.
+        routing: that a dispatch fills.
         is_received: whether the receive half has been launched meanwhile.
     """
 
-    launch: Callable[[int], None]
+    launch: Callable[[], None]
     used: tuple[torch.Tensor | None, ...]
     made_on: torch.cuda.Stream
     is_captured: bool
+    routing: Routing | None
     is_received: bool = False
 
 
@@ -100,32 +157,37 @@ class LowLatency:
         self._unreceived: deque[Unreceived] = deque()  # in the order of the calls
         self._sizes: tuple[int, int, int] | None = None  # M, H and K of the last send
         self._num_dispatches = 0
+        self._current: tuple[int, torch.cuda.Stream] | None = None  # when last asked for
         self._last_stream: torch.cuda.Stream | None = None  # of the last launch, but for captured ones
         self._launched = torch.cuda.Event()  # behind it
 
     # --- streams -------------------------------------------------------------------------------------------------
 
     def join(self, stream: torch.cuda.Stream) -> None:
-        """Make a stream wait for the last launch, if that was on another one.
+        """Make a stream, which is not being captured, wait for the last launch, if that was on another one."""
+        if self._last_stream is not None and self._last_stream != stream:
+            stream.wait_event(self._launched)
 
-        Not under capture: a graph's own order counts there, and an event from outside cannot be waited for.
+    def _launch(self, run: Callable[..., None], arguments: tuple[Any, ...], *more: Any) -> None:
+        """Launch something on the current stream, behind the buffer's earlier calls and before the later ones.
+
+        Under capture there is nothing to join: a graph's own order counts there, and an event from outside cannot be
+        waited for.
         """
-        if self._last_stream is None or self._last_stream == stream or _is_capturing():
-            return
-        stream.wait_event(self._launched)
-
-    def _launch(self, on: Callable[[int], None]) -> None:
-        """Launch something on the current stream, behind the buffer's earlier calls and before the later ones."""
-        current = self._current_stream()
-        self._backend.join_comm_stream(current)
-        self.join(current)
-        on(current.cuda_stream)
-        if not _is_capturing():
+        current, is_capturing = self._current_stream(), _is_capturing()
+        if not is_capturing:
+            self._backend.join_comm_stream(current)
+            self.join(current)
+        run(*arguments, *more, current.cuda_stream)
+        if not is_capturing:
             self._launched.record(current)
             self._last_stream = current
 
     def _current_stream(self) -> torch.cuda.Stream:
-        return torch.cuda.current_stream(self._backend.device)
+        number = current_stream_number(self._backend.device)
+        if self._current is None or self._current[0] != number:
+            self._current = number, torch.cuda.current_stream(self._backend.device)
+        return self._current[1]
 
     def _lend(self, tensors: Iterable[torch.Tensor | None], made_on: torch.cuda.Stream) -> None:
         """Keep torch from giving this memory away before the current stream is done with what it was given."""
@@ -140,6 +202,8 @@ class LowLatency:
 
     def check_unreceived(self, later: bool) -> None:
         """Refuse a send that is to be received later, if two such are under way."""
+        if not self._unreceived:
+            return
         self._forget_captured()
         if _is_capturing() and any(not call.is_captured for call in self._unreceived):
             raise ArgumentError(
@@ -158,6 +222,8 @@ class LowLatency:
 
     def receive_all(self) -> None:
         """Launch all receive halves that are due. (A send from before a capture has no place in the graph.)"""
+        if not self._unreceived:
+            return
         self._forget_captured()
         while self._unreceived and self._unreceived[0].is_captured == _is_capturing():
             self._receive_first()
@@ -170,7 +236,9 @@ class LowLatency:
     def _receive_first(self) -> None:
         call = self._unreceived.popleft()
         self._lend(call.used, call.made_on)
-        call.launch(_RECEIVE)
+        call.launch()
+        if call.routing is not None:
+            call.routing.is_received = True
         call.launch, call.used, call.is_received = _launch_nothing, (), True
 
     def _receive_up_to(self, call: Unreceived) -> None:
@@ -185,15 +253,17 @@ class LowLatency:
         while call in self._unreceived:
             self._receive_first()
 
-    def _run(
-        self, launch: Callable[[int], None], later: bool, used: tuple[torch.Tensor | None, ...]
-    ) -> Callable[[], None] | None:
-        """Launch both halves at once, or the first; returns what launches the second, if there is one left."""
-        if not later:
-            launch(_SEND | _RECEIVE)
-            return None
-        launch(_SEND)
-        call = Unreceived(launch, used, self._current_stream(), _is_capturing())
+    def _send(
+        self,
+        launch: Callable[..., None],
+        arguments: tuple[Any, ...],
+        used: tuple[torch.Tensor | None, ...],
+        routing: Routing | None = None,
+    ) -> Callable[[], None]:
+        """Launch the send half; returns what launches the other one. `routing`: that it fills."""
+        self._launch(launch, arguments, _SEND)
+        receive = functools.partial(self._launch, launch, arguments, _RECEIVE)
+        call = Unreceived(receive, used, self._current_stream(), _is_capturing(), routing)
         self._unreceived.append(call)
         return lambda: self._receive_up_to(call)
 
@@ -215,116 +285,123 @@ class LowLatency:
     def reject(self, operation: int, text: str) -> None:
         """Take this rank's part, both halves of it, in a call that it rejects."""
         self.receive_all()
-        self._launch(lambda stream: self._backend.runtime.launch_low_latency_reject(operation, text, stream))
+        self._launch(self._backend.runtime.launch_low_latency_reject, (operation, text))
 
     # --- dispatch ------------------------------------------------------------------------------------------------
 
     def dispatch(self, request: LowLatencyDispatchRequest) -> LowLatencyDispatchResult:
         """Send the tokens, and receive those of the peers unless that is to be later."""
         begin = time.perf_counter()
-        backend, later = self._backend, request.return_recv_hook
-        self._check_limits(request)
-        self._begin((request.num_max_tokens, request.x.shape[1], request.topk_idx.shape[1]), later)
-        request.x, request.topk_idx = aligned_rows(request.x), request.topk_idx.contiguous()
-        if request.topk_weights is not None:
-            request.topk_weights = request.topk_weights.contiguous()
-        result = self._allocate(request)
-        handle = result.handle
-        routing: Routing = handle._backend_state
-        params, scale_bytes = self._dispatch_params(request, result), _scale_bytes(request)
-        agreed = list(request.agreed().values())
-
-        def launch(halves: int) -> None:
-            run = backend.runtime.launch_low_latency_dispatch
-            self._launch(lambda stream: run(params, scale_bytes, agreed, halves, stream))
-            routing.is_received |= bool(halves & _RECEIVE)
-
-        # Not the result itself, which refers to what is returned here: only the garbage collector would free that.
-        results = (result.recv_x, result.recv_scales, result.recv_count, handle.recv_src_idx, handle.recv_layout_range)
-        given = (request.topk_idx, request.topk_weights, request.recv_stats, request.wait_stats)
-        result.receive = self._run(launch, later, (*results, routing.memory, *given))
-        backend.counters["low_latency_dispatch"].seconds += time.perf_counter() - begin
+        form = request.form
+        plan: DispatchPlan = form.plan or self._plan_dispatch(request)
+        self._begin(plan.sizes, form.return_recv_hook)
+        x, topk_idx, topk_weights = request.x, request.topk_idx, request.topk_weights
+        if plan.copies or x.data_ptr() % 16:
+            x, topk_idx = aligned_rows(x), topk_idx.contiguous()
+            topk_weights = None if topk_weights is None else topk_weights.detach().contiguous()
+        result = self._allocate(form, plan)
+        routing: Routing = result.handle._backend_state
+        arguments = (
+            plan.params,
+            plan.scale_bytes,
+            plan.agreed,
+            x.data_ptr(),
+            2 * x.stride(0),
+            topk_idx.data_ptr(),
+            address(topk_weights),
+            result.recv_x.data_ptr(),
+            address(result.recv_scales),
+            routing.memory.data_ptr(),
+            address(request.recv_stats),
+            address(request.wait_stats),
+        )
+        launch = self._backend.runtime.launch_low_latency_dispatch
+        if form.return_recv_hook:
+            # Not the result itself, which refers to what is returned here: only the garbage collector would free that.
+            results = (result.recv_x, result.recv_scales, routing.memory)
+            given = (topk_idx, topk_weights, request.recv_stats, request.wait_stats)
+            result.receive = self._send(launch, arguments, (*results, *given), routing)
+        else:
+            self._launch(launch, arguments, _SEND | _RECEIVE)
+            routing.is_received = True
+        self._backend.counters["low_latency_dispatch"].seconds += time.perf_counter() - begin
         return result
 
-    def _check_limits(self, request: LowLatencyDispatchRequest) -> None:
+    def _plan_dispatch(self, request: LowLatencyDispatchRequest) -> DispatchPlan:
+        form, x = request.form, request.x
+        self._check_limits(form)
+        num_ranks, scale_bytes = self._backend.num_ranks, _scale_bytes(form)
+        local, rows = form.num_experts // num_ranks, form.num_max_tokens * num_ranks
+        params = _C.LowLatencyDispatchParams()
+        params.num_tokens, params.num_max_tokens = form.num_tokens, form.num_max_tokens
+        params.hidden, params.top_k, params.weighted = form.hidden, form.top_k, form.weighted
+        params.num_local_experts = local
+        params.round_scale, params.use_ue8m0 = form.round_scale, form.use_ue8m0
+        columns = form.hidden * scale_bytes // 512
+        parts = _C.lay_out_routing(params, num_ranks)
+        counts = parts.recv_count // 4
+        plan = form.plan = DispatchPlan(
+            params=params,
+            scale_bytes=scale_bytes,
+            agreed=list(form.agreed().values()),
+            copies=(form.num_tokens > 1 and 2 * x.stride(0) % 16 != 0)
+            or not request.topk_idx.is_contiguous()
+            or not (request.topk_weights is None or request.topk_weights.is_contiguous()),
+            sizes=(form.num_max_tokens, form.hidden, form.top_k),
+            shape=(local, rows, form.hidden),
+            like_rows=x.new_empty(0, dtype=torch.float8_e4m3fn if form.use_fp8 else torch.bfloat16),
+            scales=((local, rows, columns), (columns * rows, 1, rows)) if form.use_fp8 else None,
+            like_scales=x.new_empty(0, dtype=torch.int32 if form.use_ue8m0 else torch.float32),
+            num_ranks=num_ranks,
+            parts=parts,
+            words=parts.end // 4,
+            counts=slice(counts, counts + local),
+            like_memory=x.new_empty(0, dtype=torch.int32),
+        )
+        return plan
+
+    def _allocate(self, form: LowLatencyDispatchForm, plan: DispatchPlan) -> LowLatencyDispatchResult:
+        # As few pieces of memory as can be, and without naming a dtype, or a shape as a tuple: all this takes longer
+        # than it looks.
+        recv_x = plan.like_rows.new_empty(*plan.shape)
+        scales = None if plan.scales is None else plan.like_scales.new_empty_strided(*plan.scales)
+        memory = plan.like_memory.new_empty(plan.words)
+        handle = LowLatencyHandle(
+            form.num_max_tokens,
+            form.hidden,
+            form.num_experts,
+            form.num_tokens,
+            form.top_k,
+            form.weighted,
+            functools.partial(plan.handle_tensors, memory),
+            _epoch=self._backend.epoch,
+            _backend_state=Routing(self._num_dispatches % 2, self._current_stream(), memory, plan),
+        )
+        self._num_dispatches += 1
+        return LowLatencyDispatchResult(recv_x, scales, memory[plan.counts], handle, None)
+
+    def _check_limits(self, form: LowLatencyDispatchForm) -> None:
         for name, got, most in (
-            ("num_max_dispatch_tokens_per_rank", request.num_max_tokens, _C.MAX_LOW_LATENCY_TOKENS),
-            ("the experts that topk_idx selects a token", request.topk_idx.shape[1], _C.MAX_LOW_LATENCY_TOP_K),
-            ("num_experts", request.num_experts, _C.CUDA_MAX_LOCAL_EXPERTS * self._backend.num_ranks),
+            ("num_max_dispatch_tokens_per_rank", form.num_max_tokens, _C.MAX_LOW_LATENCY_TOKENS),
+            ("the experts that topk_idx selects a token", form.top_k, _C.MAX_LOW_LATENCY_TOP_K),
+            ("num_experts", form.num_experts, _C.CUDA_MAX_LOCAL_EXPERTS * self._backend.num_ranks),
         ):
             if got > most:
                 raise ArgumentError(f"{name} may be at most {most} in low-latency calls on CUDA; got {got}")
         if self.region.put_ranks:
-            self._check_room_for_puts(request)
+            self._check_room_for_puts(form)
 
-    def _check_room_for_puts(self, request: LowLatencyDispatchRequest) -> None:
+    def _check_room_for_puts(self, form: LowLatencyDispatchForm) -> None:
         """What is put to a peer is put together first, for which the size hint has no room."""
-        sizes = request.num_max_tokens, request.x.shape[1]
-        top_k, num_ranks = request.topk_idx.shape[1], self._backend.num_ranks
-        staging = low_latency_staging_bytes(*sizes, request.num_experts) + 4096
-        needed = _C.low_latency_bytes(*sizes, top_k, num_ranks, len(self.region.put_ranks)) + 2 * staging
+        sizes, num_ranks = (form.num_max_tokens, form.hidden), self._backend.num_ranks
+        staging = low_latency_staging_bytes(*sizes, form.num_experts) + 4096
+        needed = _C.low_latency_bytes(*sizes, form.top_k, num_ranks, len(self.region.put_ranks)) + 2 * staging
         got = self.region.num_bytes - _C.LOW_LATENCY_FIXED_BYTES
         if got < needed:
             raise ArgumentError(
                 f"num_rdma_bytes={got} of the buffer is too small: ranks {sorted(self.region.put_ranks)} are reached "
                 f"through the network, which takes {needed} for calls of these sizes"
             )
-
-    def _allocate(self, request: LowLatencyDispatchRequest) -> LowLatencyDispatchResult:
-        num_ranks, device = self._backend.num_ranks, self._backend.device
-        (num_tokens, hidden), top_k = request.x.shape, request.topk_idx.shape[1]
-        most, weighted = request.num_max_tokens, request.topk_weights is not None
-        local, rows = request.num_experts // num_ranks, most * num_ranks
-
-        def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
-
-        recv_x = empty(local, rows, hidden, dtype=torch.float8_e4m3fn if request.use_fp8 else torch.bfloat16)
-        scales = None
-        if request.use_fp8:
-            dtype = torch.int32 if request.use_ue8m0 else torch.float32
-            scales = empty(local, hidden * _scale_bytes(request) // 512, rows, dtype=dtype).transpose(1, 2)
-        routing = Routing(
-            staging=self._num_dispatches % 2,
-            made_on=self._current_stream(),
-            # One piece of memory, for four take longer to get.
-            memory=empty(_ARRIVALS + rows * (1 + top_k * (2 if weighted else 1)), dtype=torch.int32),
-            most=rows,
-            top_k=top_k,
-            weighted=weighted,
-        )
-        handle = LowLatencyHandle(
-            recv_src_idx=empty(local, rows, dtype=torch.int32),
-            recv_layout_range=empty(local, num_ranks, dtype=torch.int64),
-            num_max_dispatch_tokens_per_rank=most,
-            hidden=hidden,
-            num_experts=request.num_experts,
-            num_tokens=num_tokens,
-            top_k=top_k,
-            weighted=weighted,
-            _epoch=self._backend.epoch,
-            _backend_state=routing,
-        )
-        self._num_dispatches += 1
-        return LowLatencyDispatchResult(recv_x, scales, empty(local, dtype=torch.int32), handle, None)
-
-    def _dispatch_params(
-        self, request: LowLatencyDispatchRequest, result: LowLatencyDispatchResult
-    ) -> _C.LowLatencyDispatchParams:
-        handle, params = result.handle, _C.LowLatencyDispatchParams()
-        routing: Routing = handle._backend_state
-        params.num_tokens, params.num_max_tokens = handle.num_tokens, handle.num_max_dispatch_tokens_per_rank
-        params.hidden, params.top_k, params.weighted = handle.hidden, handle.top_k, handle.weighted
-        params.num_local_experts = handle.num_experts // self._backend.num_ranks
-        params.round_scale, params.use_ue8m0 = request.round_scale, request.use_ue8m0
-        params.x, params.x_stride = request.x.data_ptr(), 2 * request.x.stride(0)
-        params.topk_index, params.topk_weights = request.topk_idx.data_ptr(), address(request.topk_weights)
-        params.recv_rows, params.recv_scales = result.recv_x.data_ptr(), address(result.recv_scales)
-        params.recv_count, params.recv_src_idx = result.recv_count.data_ptr(), handle.recv_src_idx.data_ptr()
-        params.layout_range = handle.recv_layout_range.data_ptr()
-        params.recv_stats, params.wait_stats = address(request.recv_stats), address(request.wait_stats)
-        routing.fill(params)
-        return params
 
     # --- combine -------------------------------------------------------------------------------------------------
 
@@ -337,38 +414,47 @@ class LowLatency:
     def combine(self, request: LowLatencyCombineRequest) -> tuple[torch.Tensor, Callable[[], None] | None]:
         """Send the experts' results, and receive those of the peers unless that is to be later."""
         begin = time.perf_counter()
-        backend, handle, later = self._backend, request.handle, request.return_recv_hook
+        form, handle, out = request.form, request.handle, request.out
         routing: Routing = handle._backend_state
-        self._begin((handle.num_max_dispatch_tokens_per_rank, handle.hidden, handle.top_k), later)
-        out = request.out
+        plan: CombinePlan = form.plan or self._plan_combine(request)
+        self._begin(routing.plan.sizes, form.return_recv_hook)
+        x, topk_idx, topk_weights = request.x, request.topk_idx, request.topk_weights
+        if plan.copies or x.data_ptr() % 16:
+            x = aligned_rows(x.view(-1, handle.hidden))
+            topk_idx, topk_weights = topk_idx.contiguous(), topk_weights.detach().contiguous()
         if out is None:
-            out = torch.empty(handle.num_tokens, handle.hidden, dtype=torch.bfloat16, device=backend.device)
-        request.x = aligned_rows(request.x.view(-1, handle.hidden))
-        request.topk_idx, request.topk_weights = request.topk_idx.contiguous(), request.topk_weights.contiguous()
+            out = x.new_empty(handle.num_tokens, handle.hidden)
         self._lend((routing.memory,), routing.made_on)
-        params, agreed = self._combine_params(request, out), list(request.agreed().values())
-
-        def launch(halves: int) -> None:
-            run = backend.runtime.launch_low_latency_combine
-            self._launch(lambda stream: run(params, agreed, halves, stream))
-
-        used = (out, request.topk_idx, request.topk_weights, request.wait_stats, routing.memory)
-        receive = self._run(launch, later, used)
-        backend.counters["low_latency_combine"].seconds += time.perf_counter() - begin
+        arguments = (
+            plan.params,
+            [handle._epoch, *plan.agreed],
+            x.data_ptr(),
+            topk_idx.data_ptr(),
+            topk_weights.data_ptr(),
+            routing.memory.data_ptr(),
+            out.data_ptr(),
+            address(request.wait_stats),
+        )
+        launch, receive = self._backend.runtime.launch_low_latency_combine, None
+        if form.return_recv_hook:
+            used = (out, topk_idx, topk_weights, request.wait_stats, routing.memory)
+            receive = self._send(launch, arguments, used)
+        else:
+            self._launch(launch, arguments, _SEND | _RECEIVE)
+        self._backend.counters["low_latency_combine"].seconds += time.perf_counter() - begin
         return out, receive
 
-    def _combine_params(self, request: LowLatencyCombineRequest, out: torch.Tensor) -> _C.LowLatencyCombineParams:
+    def _plan_combine(self, request: LowLatencyCombineRequest) -> CombinePlan:
         handle, params = request.handle, _C.LowLatencyCombineParams()
-        routing: Routing = handle._backend_state
         params.num_tokens, params.num_max_tokens = handle.num_tokens, handle.num_max_dispatch_tokens_per_rank
         params.hidden, params.top_k, params.weighted = handle.hidden, handle.top_k, handle.weighted
         params.num_local_experts = handle.num_experts // self._backend.num_ranks
-        params.use_logfmt = request.use_logfmt
-        params.x = address(request.x)
-        routing.fill(params)
-        params.topk_index, params.topk_weights = address(request.topk_idx), address(request.topk_weights)
-        params.combined, params.wait_stats = address(out), address(request.wait_stats)
-        return params
+        params.use_logfmt = request.form.use_logfmt
+        agreed = request.agreed()
+        del agreed["handle"]
+        copies = not (request.topk_idx.is_contiguous() and request.topk_weights.is_contiguous())
+        plan = request.form.plan = CombinePlan(params, list(agreed.values()), copies)
+        return plan
 
     def staging_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
         """This handle's staging buffer, `[L, M*R, H]` bf16, at the end of the region."""
@@ -388,6 +474,6 @@ def _is_capturing() -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
-def _scale_bytes(request: LowLatencyDispatchRequest) -> int:
+def _scale_bytes(form: LowLatencyDispatchForm) -> int:
     """Of each 128 channels; 0 for bf16."""
-    return 0 if not request.use_fp8 else 1 if request.use_ue8m0 else 4
+    return 0 if not form.use_fp8 else 1 if form.use_ue8m0 else 4
