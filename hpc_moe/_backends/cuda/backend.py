@@ -151,7 +151,7 @@ class CudaBackend(Backend):
         try:
             return _C.CudaRuntime(
                 self.rank,
-                self.num_ranks,
+                self.topology.node_of_rank,
                 self.device.index,
                 num_nvl_bytes,
                 self.timeout,
