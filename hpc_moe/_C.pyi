@@ -334,7 +334,7 @@ class CudaRuntime:
     def __init__(
         self,
         rank: int,
-        num_ranks: int,
+        node_of_rank: Sequence[int],
         device: int,
         window_bytes: int,
         timeout: float,

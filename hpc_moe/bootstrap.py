@@ -314,8 +314,14 @@ _IPC_HANDLE_BYTES = 64
 _UNIQUE_ID_BYTES = 128
 
 
-def connect(group: Group, topology: Topology, runtime: Runtime, low_latency_mode: bool) -> None:
+def connect(group: Group, topology: Topology, runtime: Runtime, needs_unique_id: bool) -> None:
     """Exchange device IDs, IPC handles and unique IDs, and bring the runtime up with them. Collective.
+
+    Args:
+        group: the ranks.
+        topology: where they are.
+        runtime: this rank's.
+        needs_unique_id: whether `runtime` forms worlds, too. (That of CUDA leaves this to `nvshmem.join`.)
 
     Raises:
         BootstrapError, ArgumentError or UnavailableError: a step failed on some rank; the same on every rank.
@@ -331,7 +337,7 @@ def connect(group: Group, topology: Topology, runtime: Runtime, low_latency_mode
         runtime.check_peers(uuids)
     ipc_handles = group.exchange("making the IPC handles", _IPC_HANDLE_BYTES, runtime.get_local_ipc_handle)
     root_unique_id = b""
-    if runtime.get_num_rdma_ranks() > 1 or low_latency_mode:
+    if needs_unique_id:
         root = runtime.get_root_rdma_rank()
         unique_ids = group.exchange(
             "making the NVSHMEM unique IDs",

@@ -50,6 +50,19 @@ def low_latency_region_bytes(num_tokens: int, hidden: int, num_ranks: int, num_e
     return 2 * (travelling + low_latency_staging_bytes(num_tokens, hidden, num_experts))
 
 
+def low_latency_outbox_bytes(num_rdma_bytes: int, num_ranks: int) -> int:
+    """Bytes that come on top for each rank that is reached by puts: enough for all calls that fit `num_rdma_bytes`.
+
+    What is put to a rank lies in its outbox first: M packets, and M rows for each of up to 16 columns, all twice. That
+    is 2 M (17 row + 256) bytes, with `row` those of a row. The calls need at least 2 M (16 row + R (row + 256)), as
+    `low_latency_region_bytes` has it for up to 16 ranks; of that, the outbox is no more than 17 / (16 + R). (Its two
+    parts end at pages: for these, the pages there are enough for up to 9 ranks.) The staging buffers, which may be much
+    larger, are left out: how many experts there will be is not known here.
+    """
+    most = _LOW_LATENCY_TOP_K
+    return -(-num_rdma_bytes * (most + 1) // (most + num_ranks))
+
+
 def _slot_bytes(hidden_bytes: int) -> int:
     # A row, its scales (4 bytes for 128 channels), index, weight and position for each expert, its token, alignment.
     bytes_per_row = hidden_bytes + hidden_bytes // 32 + 16 * HINT_TOP_K + 4 + 128

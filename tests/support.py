@@ -63,7 +63,7 @@ HAS_LOW_LATENCY = not ON_CUDA or bool(_C.nvshmem_build_version)
 needs_low_latency = pytest.mark.skipif(
     not HAS_LOW_LATENCY, reason="low-latency calls on CUDA need a build with NVSHMEM"
 )
-needs_nodes = pytest.mark.skipif(ON_CUDA, reason="not on CUDA yet: several nodes")
+needs_nodes = pytest.mark.skipif(ON_CUDA, reason="not on CUDA yet: normal calls between nodes")
 cpu_runtime_only = pytest.mark.skipif(ON_CUDA, reason="about the CPU runtime, or a ReferenceBuffer")
 cuda_only = pytest.mark.skipif(not ON_CUDA, reason="needs HPC_MOE_TEST_DEVICE=cuda")
 
@@ -221,12 +221,12 @@ def _show(tensor: torch.Tensor | None) -> str:
 # --- buffers ---------------------------------------------------------------------------------------------------------
 
 
-def placements(num_ranks: int) -> list[tuple[int, ...]]:
+def placements(num_ranks: int, low_latency: bool = False) -> list[tuple[int, ...]]:
     """The node of each rank in all the ways that are tried: one node, 1 and 2 ranks a node, blocks and cyclic.
 
-    On CUDA one node only, so far.
+    On CUDA one node only, so far, but for low-latency calls.
     """
-    if ON_CUDA:
+    if ON_CUDA and not low_latency:
         return [(0,) * num_ranks]
     found = {(0,) * num_ranks, tuple(range(num_ranks))}
     if num_ranks == 4:

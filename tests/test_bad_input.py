@@ -47,7 +47,7 @@ def make_buffer(comm: MPI.Intracomm, **changes: Any) -> Buffer:
 def nodes(request: pytest.FixtureRequest) -> int | None:
     """`ranks_per_node` of the shared buffer."""
     if ON_CUDA and request.param is not None:
-        pytest.skip("not on CUDA yet: several nodes")
+        pytest.skip("not on CUDA yet: normal calls between nodes")
     value: int | None = request.param
     return value
 

@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 
 import pytest
 from mpi4py import MPI
-from support import DEVICE, cpu_runtime_only, needs_nodes
+from support import DEVICE, cpu_runtime_only, needs_low_latency, needs_nodes
 
 import hpc_moe
 from hpc_moe import ArgumentError, BootstrapError, Buffer, UnavailableError
@@ -76,14 +76,14 @@ def test_cyclic_placement(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) 
         assert buffer.runtime.get_root_rdma_rank() == (0, 0, 2, 2)[comm.rank]
 
 
-@needs_nodes
+@needs_low_latency
 @pytest.mark.mpi
+@pytest.mark.usefixtures("low_latency_world")
 def test_the_root_of_a_low_latency_world_is_rank_0(comm: MPI.Intracomm) -> None:
-    with Buffer(
-        comm, 0, 4096, low_latency_mode=True, ranks_per_node=1, num_qps_per_rank=4, device=str(DEVICE), timeout=30
-    ) as buffer:
+    with Buffer(comm, 0, 4096, low_latency_mode=True, ranks_per_node=1, device=str(DEVICE), timeout=30) as buffer:
         assert buffer.runtime.get_root_rdma_rank() == 0
         assert buffer.runtime.get_num_rdma_ranks() == comm.size
+        assert buffer.runtime.get_rdma_rank() == comm.rank
         assert buffer.runtime.is_available()
         runtime = buffer.runtime
     assert not runtime.is_available()

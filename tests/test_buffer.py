@@ -14,7 +14,7 @@ from support import DEVICE, HAS_LOW_LATENCY, ON_CUDA, needs_low_latency, needs_n
 
 import hpc_moe
 from hpc_moe import _C, ArgumentError, Buffer, Config, EventOverlap, UnavailableError
-from hpc_moe.config import low_latency_staging_bytes, minimum_nvl_bytes
+from hpc_moe.config import low_latency_outbox_bytes, low_latency_staging_bytes, minimum_nvl_bytes
 from hpc_moe.testing import make_topk_idx, make_topk_weights
 
 HIDDEN = 256
@@ -142,13 +142,15 @@ def test_size_hints_grow_with_what_they_depend_on() -> None:
 
 @pytest.mark.skipif(not _C.cuda_archs, reason="this build has no CUDA")
 def test_a_low_latency_hint_has_room() -> None:
-    """For what travels on CUDA, and for two staging buffers behind it, each from a page on."""
+    """For what travels on CUDA, and two staging buffers behind it, each from a page on; with outboxes on top."""
     for most, hidden, ranks, local, top_k in itertools.product(
         (1, 33, 4096), (128, 896, 7168), (1, 2, 3, 8), (1, 5, 32), (1, 8, 16)
     ):
         hint = Buffer.get_low_latency_rdma_size_hint(most, hidden, ranks, ranks * local)
         staging = low_latency_staging_bytes(most, hidden, ranks * local)
-        assert _C.low_latency_bytes(most, hidden, top_k, ranks) + 2 * staging + 4096 <= hint
+        for puts in range(ranks):
+            needed = _C.low_latency_bytes(most, hidden, top_k, ranks, puts) + 2 * staging + 4096
+            assert needed <= hint + puts * low_latency_outbox_bytes(hint, ranks)
 
 
 def test_bad_numbers_for_hints_are_named() -> None:

@@ -122,9 +122,10 @@ class World:
         self.runtime, self.comm_stream = Runtime(), Stream("communication", 3)
         made = CudaBackend.__new__(CudaBackend)
         vars(made).update(
-            device=torch.device("cpu"), num_ranks=RANKS, rank=0, epoch=0, runtime=self.runtime, _pending=None,
+            device=torch.device("cpu"), num_ranks=RANKS, rank=0, num_nvl_bytes=0, epoch=0, runtime=self.runtime,
             comm_stream=self.comm_stream, counters={name: backends.Counter() for name in OPERATIONS[:4]},
             _comm_stream_is_ahead=False, _last_caller=None, _agreed_names={}, _told=False, broken="", low_latency=None,
+            _pending=None,
         )  # fmt: skip
         self.backend = made
         if has_low_latency:
@@ -251,6 +252,13 @@ def test_without_low_latency_mode_nothing_can_be_told(monkeypatch: pytest.Monkey
     for name in ("low_latency_dispatch", "low_latency_combine"):
         world.backend.reject(name, ArgumentError("wrong"))
     world.backend.reject_cleaning(ArgumentError("wrong"))
+    assert world.launches == [] and world.backend.epoch == 0
+
+
+def test_without_a_window_normal_calls_are_rejected_by_themselves(world: World) -> None:
+    """All ranks reject them, and the windows of other nodes are not open."""
+    for name in ("dispatch", "combine"):
+        world.backend.reject(name, ArgumentError("num_nvl_bytes=0"))
     assert world.launches == [] and world.backend.epoch == 0
 
 

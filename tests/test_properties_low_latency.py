@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.mpi, pytest.mark.usefixtures("low_latency_world"), needs_low_latency]
 
+spread_or_not = pytest.mark.parametrize("spread", [False, True], ids=["one node", "a node a rank"])
 TRANSPORTS = ("plain", "zero_copy", "logfmt")
 MOST_TOKENS, MOST_HIDDEN, MOST_LOCAL_EXPERTS = 24, 2048, 6
 
@@ -302,7 +303,7 @@ class Exchange:
 @same_on_all_ranks(max_examples=120)
 def test_dispatch_combine(comm: MPI.Intracomm, buffers: Buffers, case: Case) -> None:
     """One exchange, the ranks laid out on nodes in any of the ways that are tried."""
-    layouts = placements(case.num_ranks)
+    layouts = placements(case.num_ranks, low_latency=True)
     buffer = make_buffer(buffers, layouts[case.seed % len(layouts)])
     with together(comm, str(case)) as verdict:
         Exchange(verdict, buffer, case).run()
@@ -329,14 +330,14 @@ def of_sizes_for_two_sends(second: Case, first: Case) -> Case:
     )
 
 
-@given(first=cases(), second=cases())
+@given(first=cases(), second=cases(), spread=st.booleans())
 @same_on_all_ranks(max_examples=30)
-def test_two_sends_in_flight(comm: MPI.Intracomm, buffers: Buffers, first: Case, second: Case) -> None:
+def test_two_sends_in_flight(comm: MPI.Intracomm, buffers: Buffers, first: Case, second: Case, spread: bool) -> None:
     """With hooks two sends may wait for their receives; a third is an error, and the first two still arrive."""
     from hpc_moe import Error
 
-    buffer = make_buffer(buffers)
-    with together(comm, f"{first}\n{second}") as verdict:
+    buffer = make_buffer(buffers, range(first.num_ranks) if spread else ())
+    with together(comm, f"{first}\n{second}\n{spread=}") as verdict:
         both = [
             Exchange(verdict, buffer, replace(case, use_hooks=True), name=f"exchange {i}: ")
             for i, case in enumerate((first, of_sizes_for_two_sends(second, first)))
@@ -412,12 +413,15 @@ def test_sends_do_not_wait(comm: MPI.Intracomm, buffers: Buffers, weights_at_dis
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("weights_at_dispatch", [False, True])
 @pytest.mark.parametrize("transport", ["plain", "zero_copy", "logfmt"])
-def test_masked_rank(comm: MPI.Intracomm, buffers: Buffers, weights_at_dispatch: bool, transport: str) -> None:
+@spread_or_not
+def test_masked_rank(
+    comm: MPI.Intracomm, buffers: Buffers, spread: bool, weights_at_dispatch: bool, transport: str
+) -> None:
     """The others go on without a masked rank, and with it again after unmasking."""
     num_ranks, rank = comm.Get_size(), comm.Get_rank()
     victim = num_ranks - 1
     case = example_case(num_ranks, weights_at_dispatch=weights_at_dispatch, transport=transport, use_hooks=False)
-    buffer = make_buffer(buffers, enable_shrink=True)
+    buffer = make_buffer(buffers, range(num_ranks) if spread else (), enable_shrink=True)
     with together(comm, str(case)) as verdict:
         Exchange(verdict, buffer, case, name="before: ").run()
         comm.Barrier()

@@ -258,7 +258,7 @@ def test_buffer_normal(page: Page, pair: MPI.Intracomm, ranks_per_node: int) -> 
     if pair.Get_size() != NUM_RANKS:
         return
     if ON_CUDA and ranks_per_node == 1:
-        pytest.skip("not on CUDA yet: several nodes")
+        pytest.skip("not on CUDA yet: normal calls between nodes")
     from hpc_moe import ArgumentError
 
     rank = pair.Get_rank()

@@ -177,8 +177,8 @@ void bind_runtime(py::module_& module) {
         .def_property_readonly("num_bytes", &Window::num_bytes);
 
     py::class_<CudaRuntime>(module, "CudaRuntime")
-        .def(py::init<int, int, int, int64_t, double, bool, bool, int, uint32_t, int32_t>(), py::arg("rank"),
-             py::arg("num_ranks"), py::arg("device"), py::arg("window_bytes"), py::arg("timeout"),
+        .def(py::init<int, std::vector<int>, int, int64_t, double, bool, bool, int, uint32_t, int32_t>(),
+             py::arg("rank"), py::arg("node_of_rank"), py::arg("device"), py::arg("window_bytes"), py::arg("timeout"),
              py::arg("shares_gpu"), py::arg("bulk_copies"), py::arg("link_rate") = -1, py::arg("stress_seed") = 0,
              py::arg("mutation") = 0)
         .def("get_local_device_id", &CudaRuntime::get_local_device_id)

@@ -1,4 +1,4 @@
-// Low-latency combine, inside a node: the way back of a low-latency dispatch.
+// Low-latency combine: the way back of a low-latency dispatch.
 //
 // Send half, when the peers permit it (device/low_latency.cuh):
 // 1. A block takes a token that came; a warp a chunk of it (device/wire.cuh). Where weights came with the token, the

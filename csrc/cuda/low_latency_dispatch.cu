@@ -1,4 +1,4 @@
-// Low-latency dispatch, inside a node.
+// Low-latency dispatch.
 //
 // Send half. Everything that can be read and computed before the peers permit anything (device/low_latency.cuh) is.
 // 1. *Numbers.* For each rank, a block tells it how many tokens come for each of its experts, and which: words that

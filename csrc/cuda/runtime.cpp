@@ -74,11 +74,12 @@ Window::~Window() {
     cudaGetLastError();
 }
 
-CudaRuntime::CudaRuntime(int rank, int num_ranks, int device, int64_t window_bytes, double timeout, bool shares_gpu,
-                         bool bulk_copies, int link_rate, uint32_t stress_seed, int32_t mutation)
+CudaRuntime::CudaRuntime(int rank, std::vector<int> node_of_rank, int device, int64_t window_bytes, double timeout,
+                         bool shares_gpu, bool bulk_copies, int link_rate, uint32_t stress_seed, int32_t mutation)
     : rank_(rank),
-      num_ranks_(num_ranks),
+      num_ranks_(static_cast<int>(node_of_rank.size())),
       device_(device),
+      node_of_rank_(std::move(node_of_rank)),
       window_bytes_(window_bytes),
       stage_bytes_(window_bytes / 2 / 4096 * 4096),
       timeout_(timeout),
@@ -86,7 +87,7 @@ CudaRuntime::CudaRuntime(int rank, int num_ranks, int device, int64_t window_byt
       link_rate_(link_rate),
       stress_seed_(stress_seed),
       mutation_(mutation) {
-    if (num_ranks > kMaxRanks) throw std::runtime_error("more ranks than a node may have");
+    if (num_ranks_ > kMaxRanks) throw std::runtime_error("more ranks than there may be");
     int count = 0;
     check(cudaGetDeviceCount(&count), "counting the GPUs");
     if (device < 0 || device >= count) {
@@ -151,6 +152,10 @@ std::array<uint8_t, 64> CudaRuntime::get_local_ipc_handle() const {
     return bytes;
 }
 
+int CudaRuntime::get_num_rdma_ranks() const {
+    return *std::max_element(node_of_rank_.begin(), node_of_rank_.end()) + 1;
+}
+
 std::array<uint8_t, 128> CudaRuntime::get_local_nvshmem_unique_id() const {
     throw std::runtime_error("this build has no NVSHMEM");
 }
@@ -159,7 +164,7 @@ void CudaRuntime::check_peers(const std::vector<std::string>& uuids) const {
     int count = 0;
     check(cudaGetDeviceCount(&count), "counting the GPUs");
     for (int peer = 0; peer < num_ranks_; ++peer) {
-        if (peer == rank_) continue;
+        if (!is_local_peer(peer)) continue;
         // A rank that sees only its own GPU cannot ask about others: then opening the handles decides.
         for (int device = 0; device < count; ++device) {
             cudaDeviceProp properties;
@@ -185,7 +190,7 @@ void CudaRuntime::sync(const std::vector<int>& device_ids, const std::vector<std
     windows_.assign(num_ranks_, nullptr);
     windows_[rank_] = window_->address();
     for (int peer = 0; peer < num_ranks_; ++peer) {
-        if (peer == rank_) continue;
+        if (!is_local_peer(peer)) continue;
         cudaIpcMemHandle_t handle;
         std::memcpy(&handle, ipc_handles[peer].data(), sizeof handle);
         void* memory = nullptr;

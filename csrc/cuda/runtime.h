@@ -40,11 +40,11 @@ class Window {
 
 class CudaRuntime {
    public:
-    // num_ranks: of this node, at most kMaxRanks. window_bytes: for rows; control data come on top. timeout: seconds
-    // that a kernel waits for a peer. shares_gpu: ranks may share a GPU (for tests). bulk_copies: use them where there
-    // are any. link_rate: see shape_pipeline, -1: that of the GPU's kind.
-    CudaRuntime(int rank, int num_ranks, int device, int64_t window_bytes, double timeout, bool shares_gpu,
-                bool bulk_copies, int link_rate, uint32_t stress_seed, int32_t mutation);
+    // node_of_rank: node index of every rank, at most kMaxRanks. window_bytes: for rows; control data come on top.
+    // timeout: seconds that a kernel waits for a peer. shares_gpu: ranks may share a GPU (for tests). bulk_copies: use
+    // them where there are any. link_rate: see shape_pipeline, -1: that of the GPU's kind.
+    CudaRuntime(int rank, std::vector<int> node_of_rank, int device, int64_t window_bytes, double timeout,
+                bool shares_gpu, bool bulk_copies, int link_rate, uint32_t stress_seed, int32_t mutation);
     ~CudaRuntime();
     CudaRuntime(const CudaRuntime&) = delete;
     CudaRuntime& operator=(const CudaRuntime&) = delete;
@@ -56,14 +56,16 @@ class CudaRuntime {
     // All zero if ranks may share a GPU.
     std::array<uint8_t, 16> get_local_device_uuid() const;
     std::array<uint8_t, 64> get_local_ipc_handle() const;
-    // Nodes: one, so far.
-    int get_num_rdma_ranks() const { return 1; }
-    int get_rdma_rank() const { return 0; }
+    // Nodes.
+    int get_num_rdma_ranks() const;
+    // This rank's node.
+    int get_rdma_rank() const { return node_of_rank_[rank_]; }
+    // The only world is over all ranks.
     int get_root_rdma_rank() const { return 0; }
     std::array<uint8_t, 128> get_local_nvshmem_unique_id() const;
-    // Throws if this GPU cannot reach that of a peer. uuids: of all ranks.
+    // Throws if this GPU cannot reach that of a peer of its node. uuids: of all ranks.
     void check_peers(const std::vector<std::string>& uuids) const;
-    // Opens the windows of the peers.
+    // Opens the windows of the peers of this node. Those of others cannot be: normal calls are for one node only.
     void sync(const std::vector<int>& device_ids, const std::vector<std::string>& ipc_handles,
               const std::string& root_unique_id);
     bool is_available() const { return available_; }
@@ -139,10 +141,13 @@ class CudaRuntime {
     Call make_call(Operation operation, const std::vector<int64_t>& agreed, int64_t num_tokens, int64_t capacity) const;
     Stage make_stage(int64_t slot_bytes) const;
     int limit_blocks(int num_blocks) const;
+    // Whether this is another rank of this rank's node.
+    bool is_local_peer(int rank) const { return rank != rank_ && node_of_rank_[rank] == node_of_rank_[rank_]; }
     void fill_low_latency_call(LowLatencyCall& call, LowLatencyKind kind, const std::vector<int64_t>& agreed,
                                int halves) const;
 
     int rank_, num_ranks_, device_;
+    std::vector<int> node_of_rank_;
     int64_t window_bytes_, stage_bytes_;
     double timeout_;
     bool shares_gpu_, bulk_copies_;
@@ -151,7 +156,7 @@ class CudaRuntime {
     int32_t mutation_;
     int num_sms_ = 0;
     std::shared_ptr<Window> window_;
-    std::vector<uint8_t*> windows_;  // of all ranks, as this process sees them
+    std::vector<uint8_t*> windows_;  // of all ranks, as this process sees them; null: of another node
     LocalState* state_ = nullptr;
     std::vector<uint8_t*> regions_;  // of all ranks, for low-latency calls
     int64_t region_bytes_ = 0;

@@ -36,7 +36,8 @@ def make_backend(
     if kind == "":
         from .cuda.device import can_all_use_cuda
 
-        kind = "cuda" if can_all_use_cuda(group, topology, bool(arguments["low_latency_mode"])) else "cpu"
+        calls = {name: arguments[name] for name in ("num_nvl_bytes", "low_latency_mode")}
+        kind = "cuda" if can_all_use_cuda(group, topology, **calls) else "cpu"
     if kind == "cuda":
         from .cuda import CudaBackend
 

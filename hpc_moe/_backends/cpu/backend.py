@@ -131,7 +131,7 @@ class CpuBackend(Backend):
                     low_latency_mode,
                     topology.num_threads,
                 )
-            connect(group, topology, self.runtime, low_latency_mode)
+            connect(group, topology, self.runtime, topology.num_nodes > 1 or low_latency_mode)
         except PeerTimeoutError:
             keep_forever(self.windows)
             raise

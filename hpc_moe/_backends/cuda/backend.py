@@ -20,6 +20,7 @@ import torch
 
 from ... import _C
 from ...bootstrap import Group, Topology, connect, difference
+from ...config import low_latency_outbox_bytes
 from ...errors import ArgumentError, BootstrapError, Error, PeerTimeoutError, UnavailableError
 from ...events import EventOverlap
 from ...handles import LowLatencyHandle
@@ -38,12 +39,12 @@ from ..requests import (
     StreamArguments,
 )
 from .combine import combine
-from .device import choose_device, make_current, shares_gpus
+from .device import choose_device, find_what_is_missing, make_current, shares_gpus
 from .dispatch import Entered, dispatch, launch_layout
 from .low_latency import LowLatency
 from .masks import Masks
 from .pool import Pool, WindowMemory
-from .region import FORCE_PUTS_VARIABLE, Region
+from .region import Region, find_far_ranks
 from .reports import to_error
 from .streams import Lane
 
@@ -86,7 +87,10 @@ class Counter:
 
 
 class CudaBackend(Backend):
-    """The runtime on CUDA tensors, for the ranks of one node. Construction is collective: all fail, or none."""
+    """The runtime on CUDA tensors. Between nodes it has low-latency calls only.
+
+    Construction is collective: all fail, or none.
+    """
 
     def __init__(
         self,
@@ -103,11 +107,13 @@ class CudaBackend(Backend):
     ) -> None:
         self.group, self.topology = group, topology
         self.rank, self.num_ranks = group.rank, group.size
-        self.num_nvl_bytes = num_nvl_bytes
+        self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.timeout = timeout
         self.broken = ""
         with group.step("choosing the GPU"):
-            self._refuse_what_is_missing()
+            missing = find_what_is_missing(topology, num_nvl_bytes, low_latency_mode)
+            if missing:
+                raise UnavailableError(f"device='cuda': {missing}")
             self.device = torch.device("cuda", choose_device(device, topology))
             torch.cuda.init()
             self.memory = torch.cuda.get_device_properties(self.device).total_memory
@@ -127,7 +133,7 @@ class CudaBackend(Backend):
         try:
             connect(group, topology, self.runtime, False)
             if low_latency_mode:
-                self.low_latency = LowLatency(self, self._make_region(num_rdma_bytes, enable_shrink, network))
+                self.low_latency = LowLatency(self, self._make_region(enable_shrink, network))
         except (ArgumentError, BootstrapError, UnavailableError):
             self.runtime.close_peers()  # all ranks are here: a step fails on all or on none
             with group.step("closing windows"):
@@ -153,7 +159,7 @@ class CudaBackend(Backend):
         try:
             return _C.CudaRuntime(
                 self.rank,
-                self.num_ranks,
+                self.topology.node_of_rank,
                 self.device.index,
                 num_nvl_bytes,
                 self.timeout,
@@ -166,12 +172,16 @@ class CudaBackend(Backend):
         except ValueError as error:
             raise ArgumentError(str(error)) from None
 
-    def _make_region(self, num_rdma_bytes: int, enable_shrink: bool, network: Mapping[str, Any]) -> Region:
-        """The region: `num_rdma_bytes`, and in front of them what users must not write: flags, numbers, tagged rows."""
-        # The size hint has no room for outboxes; each is smaller than it.
-        outboxes = num_rdma_bytes * (self.num_ranks - 1) if os.environ.get(FORCE_PUTS_VARIABLE) == "1" else 0
-        num_bytes = _C.LOW_LATENCY_FIXED_BYTES + num_rdma_bytes + outboxes
-        region = Region(self.group, self.device, num_bytes, **network)
+    def _make_region(self, enable_shrink: bool, network: Mapping[str, Any]) -> Region:
+        """The region: `num_rdma_bytes`; in front of them what users must not write: flags, numbers, tagged rows.
+
+        On top comes room for the outboxes of ranks that are known to be reached by puts. A rank of this node that
+        NVSHMEM gives no pointer for is not; that is rare, and calls that need more `num_rdma_bytes` then say so.
+        """
+        far = find_far_ranks(self.topology, network["allow_nvlink_for_low_latency_mode"])
+        outboxes = len(far) * low_latency_outbox_bytes(self.num_rdma_bytes, self.num_ranks)
+        num_bytes = _C.LOW_LATENCY_FIXED_BYTES + self.num_rdma_bytes + outboxes
+        region = Region(self.group, self.device, num_bytes, far, **network)
         most_tagged_bytes = int(os.environ.get(_TAGGED_BYTES_VARIABLE, "-1"))
         with self.group.step("preparing low-latency calls"):  # all have cleared theirs when it ends
             self.runtime.set_regions(region.addresses, region.num_bytes, most_tagged_bytes, enable_shrink)
@@ -182,14 +192,6 @@ class CudaBackend(Backend):
         if enable_shrink:
             self.masks = Masks(self)
         return region
-
-    def _refuse_what_is_missing(self) -> None:
-        if self.topology.num_nodes > 1:
-            raise UnavailableError(
-                f"device='cuda': {self.topology.num_nodes} nodes; on CUDA all ranks must be on one node, so far"
-            )
-        if self.num_ranks > _C.CUDA_MAX_RANKS:
-            raise UnavailableError(f"device='cuda': at most {_C.CUDA_MAX_RANKS} ranks on a node; got {self.num_ranks}")
 
     # --- calls ---------------------------------------------------------------------------------------------------
 
@@ -378,7 +380,11 @@ class CudaBackend(Backend):
         return told or super().is_in_step(error)
 
     def reject(self, name: str, error: Exception) -> None:
-        if name in _LOW_LATENCY_OPERATIONS and self.low_latency is None:
+        if name in _LOW_LATENCY_OPERATIONS:
+            has_calls = self.low_latency is not None
+        else:
+            has_calls = self.num_nvl_bytes > 0 or self.num_ranks == 1
+        if not has_calls:
             return  # all ranks reject it alike, and there is nothing to tell them through
         if name in OPERATIONS[:4]:
             self.epoch += 1
@@ -454,7 +460,7 @@ class CudaBackend(Backend):
 
     def local_memory(self, use_rdma_buffer: bool) -> torch.Tensor:
         if use_rdma_buffer and self.low_latency is not None:
-            return self.low_latency.region.memory()[_C.LOW_LATENCY_FIXED_BYTES :]
+            return self.low_latency.region.memory()[_C.LOW_LATENCY_FIXED_BYTES :][: self.num_rdma_bytes]
         if use_rdma_buffer or self.num_nvl_bytes == 0:
             return torch.empty(0, dtype=torch.uint8, device=self.device)
         memory = WindowMemory(self.runtime.window, self.runtime.control_bytes, self.num_nvl_bytes)

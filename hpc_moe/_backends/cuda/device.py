@@ -62,13 +62,28 @@ def choose_device(device: str | None, topology: Topology) -> int:
     return index
 
 
-def can_all_use_cuda(group: Group, topology: Topology, low_latency_mode: bool) -> bool:
+def find_what_is_missing(topology: Topology, num_nvl_bytes: int, low_latency_mode: bool) -> str:
+    """What a buffer needs that the CUDA runtime does not have in any build; empty: nothing."""
+    num_ranks, num_nodes = len(topology.node_of_rank), topology.num_nodes
+    if num_ranks > _C.CUDA_MAX_RANKS:
+        return f"at most {_C.CUDA_MAX_RANKS} ranks, so far; got {num_ranks}"
+    if num_nodes > 1 and (num_nvl_bytes > 0 or not low_latency_mode):
+        return (
+            f"{num_nodes} nodes; normal calls between nodes are not there yet on CUDA. Low-latency calls are, with "
+            "low_latency_mode=True and num_nvl_bytes=0, and device='cpu' has both; got "
+            f"low_latency_mode={low_latency_mode} and num_nvl_bytes={num_nvl_bytes}"
+        )
+    return ""
+
+
+def can_all_use_cuda(group: Group, topology: Topology, num_nvl_bytes: int, low_latency_mode: bool) -> bool:
     """Whether every rank has a GPU of its own and the CUDA runtime can serve this buffer. Collective."""
 
     def describe() -> bytes:
         has_calls = not low_latency_mode or bool(_C.nvshmem_build_version)
-        usable = hasattr(_C, "CudaRuntime") and has_calls and topology.num_nodes == 1
-        if not usable or group.size > _C.CUDA_MAX_RANKS or not torch.cuda.is_available():
+        if not (hasattr(_C, "CudaRuntime") and has_calls and torch.cuda.is_available()):
+            return b""
+        if find_what_is_missing(topology, num_nvl_bytes, low_latency_mode):
             return b""
         try:
             index = choose_device(None, topology)

@@ -7,6 +7,7 @@ allocate the results, unless `num_worst_tokens` says how large they are. A cache
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -107,7 +108,20 @@ def launch_layout(
     params.send_position, params.expert_position = address(positions), address(expert_positions)
     params.chunk_counts = address(scratch)
     backend.runtime.launch_layout(params, lane.stream.cuda_stream)
-    return Counted(Layout(per_rank, None, per_expert, in_rank), positions, expert_positions)
+    per_node, nodes = None, backend.topology.ranks_of_node
+    if len(nodes) > 1:
+        per_node = count_by_node(in_rank, nodes, empty(len(nodes), dtype=torch.int32))
+    return Counted(Layout(per_rank, per_node, per_expert, in_rank), positions, expert_positions)
+
+
+def count_by_node(in_rank: torch.Tensor, ranks_of_node: Sequence[Sequence[int]], out: torch.Tensor) -> torch.Tensor:
+    """Into `out`, `[N] int32`: how many tokens go to each node, by `in_rank`, `[T, R] bool`.
+
+    By columns, for an index made of lists would come from the CPU, which a captured call must not read.
+    """
+    columns = in_rank.unbind(dim=1)
+    to_nodes = [torch.stack([columns[rank] for rank in ranks]).any(dim=0) for ranks in ranks_of_node]
+    return torch.sum(torch.stack(to_nodes), dim=1, dtype=torch.int32, out=out)
 
 
 def dispatch(backend: CudaBackend, request: DispatchRequest) -> DispatchResult:

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from typing import Any
 
 import torch
 
 from ... import nvshmem_env
-from ...bootstrap import Group
+from ...bootstrap import Group, Topology
 from .nvshmem import World, join
 
 # Test-only: "1" has all peers reached by puts, also over NVLink.
 FORCE_PUTS_VARIABLE = "HPC_MOE_TEST_FORCE_PUTS"
+
+
+def find_far_ranks(topology: Topology, allow_nvlink: bool) -> set[int]:
+    """Ranks that are reached by puts, whatever NVSHMEM gives pointers for. As many on every rank.
+
+    They are those of other nodes, also where nodes are laid out on one host: so what is tested there is what runs on
+    several. Without NVLink they are all.
+    """
+    is_pure = not allow_nvlink or os.environ.get(FORCE_PUTS_VARIABLE) == "1"
+    near = {topology.rank} if is_pure else set(topology.local_ranks)
+    return set(range(len(topology.node_of_rank))) - near
 
 
 class _Memory:
@@ -30,13 +42,22 @@ class _Memory:
 class Region:
     """`num_bytes` of symmetric memory on each rank of a group. Construction is collective: all fail, or none.
 
+    Args:
+        group: the ranks.
+        device: this rank's GPU.
+        num_bytes: of each rank; the same on all.
+        far_ranks: see `find_far_ranks`.
+        plan_arguments: of `nvshmem_env.plan`.
+
     Attributes:
         num_bytes: of each rank.
         addresses: of every rank's, as this process sees it; this rank's own for those in `put_ranks`.
         put_ranks: ranks that are reached through NVSHMEM's puts, not by stores.
     """
 
-    def __init__(self, group: Group, device: torch.device, num_bytes: int, **plan_arguments: Any) -> None:
+    def __init__(
+        self, group: Group, device: torch.device, num_bytes: int, far_ranks: Collection[int], **plan_arguments: Any
+    ) -> None:
         def make_plan(version: nvshmem_env.Version, environ: Any) -> nvshmem_env.Plan:
             fabric = nvshmem_env.detect_fabric(nvshmem_version=version, environ=environ)
             return nvshmem_env.plan(environ=environ, fabric=fabric, low_latency_mode=True, **plan_arguments)
@@ -50,14 +71,14 @@ class Region:
             self.addresses = [library.ptr(self._address, pe) for pe in range(group.size)]
             # Now, not when it is first asked for: that may be under graph capture.
             self._memory: torch.Tensor | None = torch.as_tensor(_Memory(self._address, num_bytes), device=device)
-        self.put_ranks = self._find_put_ranks()
+        self.put_ranks = self._find_put_ranks(far_ranks)
         # Nobody writes to these addresses; but what lies where is computed from them.
         self.addresses = [self._address if r in self.put_ranks else a for r, a in enumerate(self.addresses)]
 
-    def _find_put_ranks(self) -> set[int]:
-        """Ranks that this GPU cannot write to, or that cannot write to it: both use puts then. Collective."""
-        rank, forced = self._group.rank, os.environ.get(FORCE_PUTS_VARIABLE) == "1"
-        own = bytes(int(r != rank and (forced or address == 0)) for r, address in enumerate(self.addresses))
+    def _find_put_ranks(self, far_ranks: Collection[int]) -> set[int]:
+        """These, and ranks that this GPU cannot write to, or that cannot write to it: both use puts. Collective."""
+        rank = self._group.rank
+        own = bytes(int(r != rank and (r in far_ranks or address == 0)) for r, address in enumerate(self.addresses))
         everybody = self._group.exchange("agreeing on who is reached how", len(own), lambda: own)
         return {r for r in range(self._group.size) if r != rank and (own[r] or everybody[r][rank])}
 
