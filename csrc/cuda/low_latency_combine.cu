@@ -93,10 +93,12 @@ __device__ Token token_of(const LowLatencyCombineParams& p, const Noted& noted, 
     return token;
 }
 
-// Of how many rows loads are under way at a time. More take longer.
-constexpr int kRows = 2;
+// Of how many rows loads are under way at a time: of those that are added up, and of those that are sent. More take
+// longer.
+constexpr int kRowsToAdd = 2, kRowsToSend = 4;
 
 // A warp: a chunk of some of a token's rows, in the order of columns.
+template <int kRows>
 struct Loaded {
     uint4 of[kRows][kPieces];
 
@@ -131,7 +133,7 @@ struct Loaded {
 };
 
 // A warp: the weighted sum of a chunk of the rows, of which the first are loaded.
-__device__ __forceinline__ Pieces sum_chunk(const Token& token, Loaded& loaded, int row_bytes, int chunk) {
+__device__ __forceinline__ Pieces sum_chunk(const Token& token, Loaded<kRowsToAdd>& loaded, int row_bytes, int chunk) {
     float sums[kPieces][8] = {};
     uint32_t left = token.columns;
 #pragma unroll 1
@@ -185,10 +187,10 @@ __device__ void send_rows(const LowLatencyCombineParams& p, uint64_t epoch, bool
                           int chunk) {
 #pragma unroll 1
     for (uint32_t left = token.columns; left != 0;) {
-        Loaded loaded;
+        Loaded<kRowsToSend> loaded;
         loaded.load(token, left, 2 * p.call.hidden, chunk);
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) {
+        for (int i = 0; i < kRowsToSend; ++i) {
             if (left == 0) break;
             Pieces pieces;
 #pragma unroll
@@ -237,7 +239,7 @@ __device__ bool send(const LowLatencyCombineParams& p, uint64_t epoch) {
     Noted noted = load_noted(p, steps.token(1));
     const Arrivals arrivals = *p.arrivals;
     Token token = token_of(p, first, steps.token(0) < arrivals.num_tokens);
-    Loaded loaded;
+    Loaded<kRowsToAdd> loaded;
     if (kWeighted && steps.has_chunk(0)) loaded.load(token, token.columns, row_bytes, steps.chunk(0));
     const bool is_tagged = sends_tagged(p, arrivals);
     Token next = token_of(p, noted, steps.token(1) < arrivals.num_tokens);

@@ -278,7 +278,10 @@ __device__ inline void end_halves(const LowLatencyCall& call, LowLatencyKind kin
                                   bool knows_shape) {
     __syncthreads();  // all of the block are done with the counters
     if (threadIdx.x != 0) return;
-    if (Net::kPuts && !went_on) Net::complete();  // nobody has received what is on its way
+    // Nobody has received what is on its way. With a lost rank, to wait for that may take for ever.
+    if (Net::kPuts && !went_on && masked_ranks(call) == 0 && !load_relaxed_gpu(&call.call.state->gave_up)) {
+        Net::complete();
+    }
     LowLatencyState::OfBlock& counters = counters_of(call);
     if (call.halves & kSendHalf) counters.sent[kind] = epoch;
     if (call.halves & kReceiveHalf) counters.received[kind] = epoch;
