@@ -323,27 +323,43 @@ def forms(bench: Bench) -> None:
 
 
 def hooks(bench: Bench) -> None:
-    """A matrix product between a send and its hook: no SM is busy with the call then."""
+    """A matrix product between a send and its hook: no SM is busy with the call then. Beside it, one behind a call."""
     a = torch.randn(8192, 8192, dtype=torch.bfloat16, device=bench.device)
     product = torch.empty_like(a)
+    around: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # each product
+
+    def multiply() -> None:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        torch.mm(a, a, out=product)
+        end.record()
+        around.append((begin, end))
+
+    def product_us() -> float:
+        """The median of the slowest rank's, but for the warm-up."""
+        alone = [1e-3 * begin.elapsed_time(end) for begin, end in around[bench.options.warmup :]]
+        around.clear()
+        slowest = [bench.comm.allreduce(seconds, op=MPI.MAX) for seconds in alone]
+        return float(summary(slowest, "us")["median_us"])
+
     with Calls(bench, MAIN) as calls:
 
-        def multiply() -> None:
-            torch.mm(a, a, out=product)
-
-        def around(iteration: int) -> Any:
+        def between(iteration: int) -> Any:
             received = calls.dispatch(iteration, return_recv_hook=True)
             multiply()
             received[4]()
             return received
 
-        def action() -> dict[str, Any]:
-            call_alone = bench.time(calls.dispatch)["median_us"]
-            matmul_alone = bench.time(lambda _: multiply())["median_us"]
-            alone = {"call_alone_us": call_alone, "matmul_alone_us": matmul_alone}
-            return {**calls.facts(), **alone, **bench.time(around)}
+        def behind(iteration: int) -> Any:
+            received = calls.dispatch(iteration)
+            multiply()
+            return received
 
-        bench.measure("dispatch, matrix product before its hook", action)
+        def action(call: Call) -> dict[str, Any]:
+            return {**calls.facts(), **bench.time(call), "matmul_us": product_us()}
+
+        bench.measure("matrix product between a send and its hook", functools.partial(action, between))
+        bench.measure("matrix product behind a dispatch", functools.partial(action, behind))
 
 
 def host(bench: Bench) -> None:
@@ -353,6 +369,7 @@ def host(bench: Bench) -> None:
         calls.combine(0, handle)
         bench.measure("dispatch, CPU", functools.partial(host_time, calls, lambda: calls.dispatch(0)))
         bench.measure("combine, CPU", functools.partial(host_time, calls, lambda: calls.combine(0, handle)))
+        bench.measure("dispatch + combine, CPU", functools.partial(host_time, calls, lambda: calls.both(0)))
 
 
 def host_time(calls: Calls, call: Callable[[], Any]) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def line_of(record: dict[str, Any], columns: Sequence[Column]) -> str:
 def notes(record: dict[str, Any]) -> list[str]:
     """What there is to say of a record beyond the table's columns."""
     said = ["ok"] if "ok" in record else []
-    for key in ("wait_us", "call_alone_us", "matmul_alone_us"):
+    for key in ("wait_us", "call_alone_us", "matmul_alone_us", "matmul_us"):
         said += [f"{key} {record[key]:.1f}"] if key in record else []
     said += [f"{record['hidden_share']:.0%} of the shorter hidden"] if "hidden_share" in record else []
     said += [f"pool {record['pool']}"] if "pool" in record else []
