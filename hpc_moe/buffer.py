@@ -25,6 +25,7 @@ from .events import EventOverlap
 from .handles import DispatchHandle, LowLatencyHandle
 
 topk_idx_t = torch.int64
+_REACHED = EventOverlap()  # of calls that run on the current stream
 
 Tensors = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -567,8 +568,8 @@ class Buffer:
             result = call.backend.low_latency_dispatch(request)
         result.handle._owner, result.handle._form = self, request.form
         recv_x = result.recv_x if result.recv_scales is None else (result.recv_x, result.recv_scales)
-        hook = self._receive(name, result.receive, return_recv_hook)
-        return recv_x, result.recv_count, result.handle, EventOverlap(), hook
+        hook = None if result.receive is None else self._receive(name, result.receive, return_recv_hook)
+        return recv_x, result.recv_count, result.handle, _REACHED, hook
 
     def low_latency_combine(
         self,
@@ -631,12 +632,11 @@ class Buffer:
             backend.check_unreceived(return_recv_hook)
             call.is_checked = True
             combined, receive = backend.low_latency_combine(request)
-        return combined, EventOverlap(), self._receive(name, receive, return_recv_hook)
+        hook = None if receive is None else self._receive(name, receive, return_recv_hook)
+        return combined, _REACHED, hook
 
-    def _receive(self, name: str, receive: Callable[[], None] | None, later: bool) -> Callable[[], None] | None:
-        """Run the receive half of a call now, if there is one left, or return what runs it later."""
-        if receive is None:
-            return None
+    def _receive(self, name: str, receive: Callable[[], None], later: bool) -> Callable[[], None] | None:
+        """Run the receive half of a call now, or return what runs it later."""
 
         def hook() -> None:
             with self._running(name):

@@ -7,7 +7,6 @@ N_recv the rows this rank received.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -95,7 +94,6 @@ class LowLatencyHandle:
     num_tokens: int
     top_k: int
     weighted: bool
-    _make_tensors: Callable[[], tuple[torch.Tensor, torch.Tensor]] = field(repr=False)  # views, which cost time
     _owner: object = field(repr=False, default=None)
     _form: object = field(repr=False, default=None)  # shared by handles of calls that are alike
     _epoch: int = field(repr=False, default=0)
@@ -103,7 +101,8 @@ class LowLatencyHandle:
 
     @cached_property
     def _tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._make_tensors()
+        tensors: tuple[torch.Tensor, torch.Tensor] = self._backend_state.handle_tensors()  # views, which take time
+        return tensors
 
     @property
     def recv_src_idx(self) -> torch.Tensor:

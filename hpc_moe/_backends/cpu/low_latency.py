@@ -38,6 +38,8 @@ class Routing:
     """What a dispatch keeps for its combine.
 
     Attributes:
+        src_idx: `recv_src_idx` of the handle.
+        layout_range: `recv_layout_range` of the handle.
         topk_idx: `[T, K] int64`, a copy.
         topk_weights: `[T, K] float32`, a copy, if they travelled.
         is_token_in_rank: `[T, R] bool`.
@@ -47,6 +49,8 @@ class Routing:
         token_weights: `[received tokens, K] float32`, if weights travelled.
     """
 
+    src_idx: torch.Tensor
+    layout_range: torch.Tensor
     topk_idx: torch.Tensor
     topk_weights: torch.Tensor | None
     is_token_in_rank: torch.Tensor
@@ -54,6 +58,10 @@ class Routing:
     source_begin: list[int]
     grouped_rows: np.ndarray
     token_weights: np.ndarray | None
+
+    def handle_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`recv_src_idx` and `recv_layout_range`."""
+        return self.src_idx, self.layout_range
 
 
 class Pending:
@@ -183,7 +191,6 @@ class LowLatency:
         if request.form.use_fp8:
             dtype = torch.int32 if request.form.use_ue8m0 else torch.float32
             scales = torch.empty(local, shape.scale_bytes // 4, rows, dtype=dtype).transpose(1, 2)
-        tensors = torch.empty(local, rows, dtype=torch.int32), torch.empty(local, num_ranks, dtype=torch.int64)
         handle = LowLatencyHandle(
             num_max_dispatch_tokens_per_rank=request.form.num_max_tokens,
             hidden=hidden,
@@ -191,10 +198,11 @@ class LowLatency:
             num_tokens=num_tokens,
             top_k=request.topk_idx.shape[1],
             weighted=request.topk_weights is not None,
-            _make_tensors=lambda: tensors,
             _epoch=call.epoch,
         )
         handle._backend_state = Routing(
+            src_idx=torch.empty(local, rows, dtype=torch.int32),
+            layout_range=torch.empty(local, num_ranks, dtype=torch.int64),
             topk_idx=request.topk_idx.clone(),
             topk_weights=None if request.topk_weights is None else request.topk_weights.clone(),
             is_token_in_rank=request.layout.is_token_in_rank,

@@ -19,7 +19,6 @@ from ... import _C
 from ...config import low_latency_staging_bytes
 from ...errors import ArgumentError, Error
 from ...handles import LowLatencyHandle
-from ..addresses import address
 from ..requests import (
     LowLatencyCombineRequest,
     LowLatencyDispatchForm,
@@ -75,15 +74,6 @@ class DispatchPlan:
     counts: slice
     like_memory: torch.Tensor
 
-    def handle_tensors(self, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`recv_src_idx` and `recv_layout_range` of the handle, in its routing's memory."""
-        (local, rows, _), num_ranks = self.shape, self.num_ranks
-        words = memory.view(torch.int64)
-        return (
-            memory.as_strided((local, rows), (rows, 1), self.parts.recv_src_idx // 4),
-            words.as_strided((local, num_ranks), (num_ranks, 1), self.parts.layout_range // 8),
-        )
-
 
 @dataclass(eq=False)
 class CombinePlan:
@@ -118,6 +108,15 @@ class Routing:
     memory: torch.Tensor
     plan: DispatchPlan
     is_received: bool = False
+
+    def handle_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`recv_src_idx` and `recv_layout_range` of the handle, in `memory`."""
+        (local, rows, _), num_ranks, parts = self.plan.shape, self.plan.num_ranks, self.plan.parts
+        words = self.memory.view(torch.int64)
+        return (
+            self.memory.as_strided((local, rows), (rows, 1), parts.recv_src_idx // 4),
+            words.as_strided((local, num_ranks), (num_ranks, 1), parts.layout_range // 8),
+        )
 
 
 def _launch_nothing() -> None:
@@ -308,12 +307,12 @@ class LowLatency:
             x.data_ptr(),
             2 * x.stride(0),
             topk_idx.data_ptr(),
-            address(topk_weights),
+            0 if topk_weights is None else topk_weights.data_ptr(),
             result.recv_x.data_ptr(),
-            address(result.recv_scales),
+            0 if result.recv_scales is None else result.recv_scales.data_ptr(),
             routing.memory.data_ptr(),
-            address(request.recv_stats),
-            address(request.wait_stats),
+            0 if request.recv_stats is None else request.recv_stats.data_ptr(),
+            0 if request.wait_stats is None else request.wait_stats.data_ptr(),
         )
         launch = self._backend.runtime.launch_low_latency_dispatch
         if form.return_recv_hook:
@@ -373,7 +372,6 @@ class LowLatency:
             form.num_tokens,
             form.top_k,
             form.weighted,
-            functools.partial(plan.handle_tensors, memory),
             _epoch=self._backend.epoch,
             _backend_state=Routing(self._num_dispatches % 2, self._current_stream(), memory, plan),
         )
@@ -433,7 +431,7 @@ class LowLatency:
             topk_weights.data_ptr(),
             routing.memory.data_ptr(),
             out.data_ptr(),
-            address(request.wait_stats),
+            0 if request.wait_stats is None else request.wait_stats.data_ptr(),
         )
         launch, receive = self._backend.runtime.launch_low_latency_combine, None
         if form.return_recv_hook:
