@@ -60,7 +60,9 @@ def test_a_unique_id_needs_no_gpu() -> None:
     assert output("a, b = n.get_unique_id(), n.get_unique_id(); print(len(a), len(b))") == "128 128"
 
 
-@pytest.mark.parametrize("call", ["my_pe()", "n_pes()", "malloc(8)", "free(0)", "ptr(0, 0)", "finalize(-1)"])
+@pytest.mark.parametrize(
+    "call", ["my_pe()", "n_pes()", "malloc(8)", "free(0)", "create_queue_pairs(1)", "ptr(0, 0)", "finalize(-1)"]
+)
 def test_what_would_end_the_process_before_the_start_is_an_exception(call: str) -> None:
     script = f"try:\n n.{call}\nexcept RuntimeError as error:\n print(error)"
     assert "NVSHMEM is not running in this process" in output(script)

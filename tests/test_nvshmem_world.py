@@ -29,6 +29,7 @@ class FakeLibrary:
         self.loaded: Version = (3, 4, 5)
         self.calls: list[tuple[Any, ...]] = []
         self.running = False
+        self.num_queue_pairs = 0
         self.seen: dict[str, str] = {}
         self.on_init: Callable[[], None] = lambda: None
 
@@ -61,6 +62,11 @@ class FakeLibrary:
     def finalize(self, device: int) -> None:
         self.calls.append(("finalize", device))
         self.running = False
+
+    def create_queue_pairs(self, count: int) -> list[int]:
+        self.calls.append(("create_queue_pairs", count))
+        self.num_queue_pairs += count
+        return list(range(100 + self.num_queue_pairs - count, 100 + self.num_queue_pairs))
 
 
 @pytest.fixture
@@ -162,6 +168,13 @@ def test_it_starts_once_and_ends_with_the_last_buffer(comm: MPI.Intracomm, libra
     started = [("get_unique_id",)] * (comm.rank == 0) + [("init", b"the ID of rank 0", comm.rank, comm.size, 3)]
     assert library.calls == [*started, ("finalize", 3)]
     assert "released as often" in refused(Error, lambda: second.release(other))
+
+
+@pytest.mark.mpi
+def test_buffers_share_queue_pairs(comm: MPI.Intracomm, library: FakeLibrary) -> None:
+    world = join_all(Group(comm, 30), library)
+    assert [world.share_queue_pairs(count) for count in (2, 1, 3)] == [[100, 101], [100], [100, 101, 102]]
+    assert library.calls[-2:] == [("create_queue_pairs", 2), ("create_queue_pairs", 1)]
 
 
 @pytest.mark.mpi

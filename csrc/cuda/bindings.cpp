@@ -254,10 +254,11 @@ void bind_runtime(py::module_& module) {
              py::arg("most_tagged_bytes"), py::arg("may_mask"))
         .def(
             "set_puts",
-            [](CudaRuntime& self, uint32_t ranks, const std::vector<int>& pes, uintptr_t launchers) {
-                self.set_puts(ranks, pes, *at<const LowLatencyLaunchers>(launchers));
+            [](CudaRuntime& self, uint32_t ranks, const std::vector<int>& pes, const std::vector<int>& queue_pairs,
+               uintptr_t launchers) {
+                self.set_puts(ranks, pes, queue_pairs, *at<const LowLatencyLaunchers>(launchers));
             },
-            py::arg("ranks"), py::arg("pes"), py::arg("launchers"))
+            py::arg("ranks"), py::arg("pes"), py::arg("queue_pairs"), py::arg("launchers"))
         .def(
             "mask_ranks",
             [](CudaRuntime& self, uint32_t ranks, uintptr_t stream) { self.mask_ranks(ranks, stream_at(stream)); },

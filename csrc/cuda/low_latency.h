@@ -52,13 +52,20 @@ constexpr int64_t kLowLatencyClearedBytes = kLowLatencyControlBytes + 2 * kNumLo
 // What does not depend on the sizes of calls: behind that, control words on their way to every rank.
 constexpr int64_t kLowLatencyFixedBytes = kLowLatencyClearedBytes + kMaxRanks * kLowLatencyControlBytes;
 
+// The way to a rank that is reached by puts.
+struct Route {
+    int pe;
+    int queue;  // handle of a queue pair, if NVSHMEM lets its callers have some; the same one serves all PEs
+};
+
 // This rank's own device memory. Each block of a kernel keeps the same numbers for itself: so no block has to wait for
 // the others before it ends. All kernels have the same number of blocks.
 struct LowLatencyState {
     struct OfBlock {
         uint64_t sent[kNumLowLatencyKinds], received[kNumLowLatencyKinds];  // halves of calls that have ended
         uint64_t shape;                                                     // of the last call; 0: not known
-        uint64_t unused[3];
+        int32_t queue;                                                      // through which it puts, see Route
+        int32_t unused[5];
     } of_block[kMaxBlocks];
     uint32_t masked;      // ranks that calls go on without, a bit each
     uint64_t present[2];  // where ranks may be masked, by parity of a dispatch: epoch << 32 | ranks whose numbers came

@@ -210,14 +210,15 @@ __device__ void release_rows(const LowLatencyCombineParams& p, uint64_t epoch, c
         store_relaxed_sys(&region_of(call, token.source)->row_flags[epoch & 1][self][token.token], epoch);
         return;
     }
+    const Route route = route_to(call, token.source);
 #pragma unroll 1
     for (uint32_t left = call.weighted ? 1u << self : token.columns; left != 0; left &= left - 1) {
         const int part = __ffs(left) - 1;
         Net::put(slot_at(p, epoch, false, self, part, token.token),
-                 slot_at(p, epoch, false, token.source, part, token.token), slot_bytes(p), call.pes[token.source]);
+                 slot_at(p, epoch, false, token.source, part, token.token), slot_bytes(p), route);
     }
-    Net::order();
-    Net::signal(&region_of(call, self)->row_flags[epoch & 1][self][token.token], epoch, call.pes[token.source]);
+    Net::order(route);
+    Net::signal(&region_of(call, self)->row_flags[epoch & 1][self][token.token], epoch, route);
 }
 
 __device__ bool sends_tagged(const LowLatencyCombineParams& p, const Arrivals& arrivals) {

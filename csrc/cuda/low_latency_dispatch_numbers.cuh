@@ -98,7 +98,7 @@ __device__ void tell_numbers(const LowLatencyDispatchParams& p, uint64_t epoch, 
     LowLatencyControl* own = region_of(call, call.call.rank);
     const int parity = epoch & 1, self = call.call.rank;
     fence_acq_rel_sys();
-    Net::put(own->coming[parity][self], control->coming[parity][self], words * sizeof(uint64_t), call.pes[rank]);
+    Net::put(own->coming[parity][self], control->coming[parity][self], words * sizeof(uint64_t), route_to(call, rank));
     put_with_flag(call, rank, own->counts[parity][self], control->counts[parity][self], experts * sizeof(uint64_t),
                   &own->number_flags[parity][self], epoch);
 }

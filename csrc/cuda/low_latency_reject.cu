@@ -11,7 +11,7 @@ __device__ void put_no_numbers(const LowLatencyCall& call, uint64_t epoch, int r
     LowLatencyControl *own = region_of(call, self), *control = target_of(call, rank);
     fence_acq_rel_sys();
     Net::put(own->coming[parity][self], control->coming[parity][self], sizeof(control->coming[parity][self]),
-             call.pes[rank]);
+             route_to(call, rank));
     put_with_flag(call, rank, own->counts[parity][self], control->counts[parity][self],
                   sizeof(control->counts[parity][self]), &own->number_flags[parity][self], epoch);
 }

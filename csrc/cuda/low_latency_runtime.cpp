@@ -29,10 +29,20 @@ void CudaRuntime::set_regions(const std::vector<uintptr_t>& regions, int64_t num
     check(cudaDeviceSynchronize(), "clearing the region");
 }
 
-void CudaRuntime::set_puts(uint32_t ranks, const std::vector<int>& pes, const LowLatencyLaunchers& launchers) {
+void CudaRuntime::set_puts(uint32_t ranks, const std::vector<int>& pes, const std::vector<int>& queue_pairs,
+                           const LowLatencyLaunchers& launchers) {
     if (static_cast<int>(pes.size()) != num_ranks_) throw std::runtime_error("one PE per rank is needed");
+    if (!low_latency_state_) throw std::runtime_error("there is no region for low-latency calls");
     DeviceGuard guard(device_);
     launchers.prepare();
+    std::vector<LowLatencyState::OfBlock> blocks(kMaxBlocks);  // no call has been made yet
+    for (size_t i = 0; i < blocks.size() && !queue_pairs.empty(); ++i) {
+        blocks[i].queue = queue_pairs[i % queue_pairs.size()];
+    }
+    check(cudaMemcpy(low_latency_state_->of_block, blocks.data(), sizeof low_latency_state_->of_block,
+                     cudaMemcpyHostToDevice),
+          "dealing out the queue pairs");
+    check(cudaDeviceSynchronize(), "dealing out the queue pairs");
     put_ranks_ = ranks, pes_ = pes, launchers_ = &launchers;
 }
 

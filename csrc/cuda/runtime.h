@@ -110,8 +110,10 @@ class CudaRuntime {
     // all ranks have come back from here.
     void set_regions(const std::vector<uintptr_t>& regions, int64_t num_bytes, int64_t most_tagged_bytes,
                      bool may_mask);
-    // Reaches ranks (a bit each) by puts; pes: of all ranks; launchers: of the module that has kernels with puts.
-    void set_puts(uint32_t ranks, const std::vector<int>& pes, const LowLatencyLaunchers& launchers);
+    // Reaches ranks (a bit each) by puts; pes: of all ranks; queue_pairs: handles, which the blocks of a kernel share
+    // out among them, if there are any; launchers: of the module that has kernels with puts. Before the first call.
+    void set_puts(uint32_t ranks, const std::vector<int>& pes, const std::vector<int>& queue_pairs,
+                  const LowLatencyLaunchers& launchers);
     // scale_bytes: for each 128 channels of e4m3; 0: bf16. routing: laid out as RoutingParts.
     void launch_low_latency_dispatch(LowLatencyDispatchParams params, int scale_bytes,
                                      const std::vector<int64_t>& agreed, uint8_t* routing, int halves,

@@ -58,6 +58,7 @@ void bind_world(py::module_& module) {
         "malloc", [](size_t num_bytes) { return reinterpret_cast<uintptr_t>(malloc(num_bytes)); }, py::arg("num_bytes"),
         ReleaseGil());
     module.def("free", [](uintptr_t address) { free(at<void>(address)); }, py::arg("address"), ReleaseGil());
+    module.def("create_queue_pairs", &create_queue_pairs, py::arg("count"), ReleaseGil());
     module.def(
         "ptr", [](uintptr_t address, int pe) { return reinterpret_cast<uintptr_t>(ptr(at<void>(address), pe)); },
         py::arg("address"), py::arg("pe"));

@@ -7,25 +7,49 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/low_latency.h"
+
 namespace hpc_moe::cuda {
 
 struct Net {
     static constexpr bool kPuts = true;
 
+#if NVSHMEM_VENDOR_VERSION >= 30519  // has queue pairs for its callers: see create_queue_pairs in world.h
+
     // Starts it; `from` must stay as it is until the peer has said that it is done with what came.
-    __device__ static void put(void* to, const void* from, size_t bytes, int pe) {
-        nvshmem_putmem_nbi(to, from, bytes, pe);
+    __device__ static void put(void* to, const void* from, size_t bytes, Route route) {
+        nvshmemx_qp_uint8_put_nbi(static_cast<uint8_t*>(to), static_cast<const uint8_t*>(from), bytes, route.pe,
+                                  route.queue);
     }
 
-    // What this thread puts and signals to a PE from now on comes there behind what it has put before.
-    __device__ static void order() { nvshmem_fence(); }
+    // What goes this way from now on comes there behind what has gone this way before.
+    __device__ static void order(Route route) { nvshmemx_qp_fence(route.pe, &route.queue, 1); }
 
-    __device__ static void signal(uint64_t* flag, uint64_t value, int pe) {
-        nvshmemx_signal_op(flag, value, NVSHMEM_SIGNAL_SET, pe);
+    __device__ static void signal(uint64_t* flag, uint64_t value, Route route) {
+        nvshmemx_qp_signal_op(flag, value, NVSHMEM_SIGNAL_SET, route.pe, route.queue);
     }
 
     // All that this rank has put is there.
+    __device__ static void complete() {
+        nvshmemx_qp_handle_t all = NVSHMEMX_QP_ALL;
+        nvshmemx_qp_quiet(NVSHMEMX_PE_ALL, &all, 1);
+    }
+
+#else  // NVSHMEM chooses a queue pair for each put, and its fence is about all of them
+
+    __device__ static void put(void* to, const void* from, size_t bytes, Route route) {
+        nvshmem_putmem_nbi(to, from, bytes, route.pe);
+    }
+
+    __device__ static void order(Route) { nvshmem_fence(); }
+
+    __device__ static void signal(uint64_t* flag, uint64_t value, Route route) {
+        nvshmemx_signal_op(flag, value, NVSHMEM_SIGNAL_SET, route.pe);
+    }
+
     __device__ static void complete() { nvshmem_quiet(); }
+
+#endif
 
     // Whether a signal has come. If so, what came before it is there.
     __device__ static bool has_come(const uint64_t* flag, uint64_t value) {

@@ -27,6 +27,11 @@ void require_running(const char* what) {
     if (!is_running()) throw std::runtime_error(std::string(what) + ": NVSHMEM is not running in this process");
 }
 
+// What nvshmemx_qp_create has allocated; not to be freed before NVSHMEM's end.
+#if NVSHMEM_VENDOR_VERSION >= 30519
+std::vector<nvshmemx_qp_handle_t*> handle_arrays;
+#endif
+
 }  // namespace
 
 Version built_version() {
@@ -98,6 +103,10 @@ void finalize(int device) {
     require_running("finalize");
     choose_device(device);
     nvshmem_finalize();
+#if NVSHMEM_VENDOR_VERSION >= 30519
+    for (nvshmemx_qp_handle_t* array : handle_arrays) std::free(array);
+    handle_arrays.clear();
+#endif
 }
 
 int my_pe() {
@@ -123,6 +132,22 @@ void* malloc(size_t num_bytes) {
 void free(void* memory) {
     require_running("free");
     nvshmem_free(memory);
+}
+
+std::vector<int> create_queue_pairs([[maybe_unused]] int count) {
+    require_running("create_queue_pairs");
+#if NVSHMEM_VENDOR_VERSION >= 30519
+    nvshmemx_qp_handle_t* handles = nullptr;
+    const int status = nvshmemx_qp_create(count, &handles);
+    if (handles) handle_arrays.push_back(handles);
+    if (status != 0 || !handles) {
+        throw std::runtime_error("nvshmemx_qp_create failed with status " + std::to_string(status) + " to make " +
+                                 std::to_string(count) + " queue pairs");
+    }
+    return std::vector<int>(handles, handles + count);
+#else
+    return {};
+#endif
 }
 
 void* ptr(const void* memory, int pe) {

@@ -51,6 +51,10 @@ int n_pes();
 // Symmetric memory, of the same size on all PEs. Collective over all of them.
 void* malloc(size_t num_bytes);
 void free(void* memory);
+// Handles of queue pairs for the kernels that put, each of which serves all PEs; none if this is before NVSHMEM 3.5.19.
+// They last until its end: there is no call that gives them back. Where they would be of no use, between peers on
+// NVLink for one, all are NVSHMEM's default. Collective over all PEs, with the same count.
+std::vector<int> create_queue_pairs(int count);
 // Where this process sees the memory that `memory` is on another PE, null if it can be reached through the network
 // only.
 void* ptr(const void* memory, int pe);

@@ -95,6 +95,7 @@ int main(int count, char** words) {
     for (int i = 0; i < world.options.ranks; ++i) {
         world.ranks.push_back(std::make_unique<Rank>());
         world.ranks[i]->region = allocate_region();
+        for (int block = 0; block < kMaxBlocks; ++block) world.ranks[i]->state.of_block[block].queue = block % 2;
     }
 #ifdef HPC_MOE_PUTS
     std::vector<emulation::Region> regions;

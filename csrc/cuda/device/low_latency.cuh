@@ -128,7 +128,9 @@ __device__ inline void tell_ended_calls(const LowLatencyCall& call) {
     stress_sleep(call.call);
     const uint64_t ended = counters_of(call).received[kind];
     if (is_put(call, rank)) {
-        Net::signal(&region_of(call, call.call.rank)->consumed[kind][call.call.rank], ended, call.pes[rank]);
+        const Route route = route_to(call, rank);
+        Net::order(route);  // it comes behind what the kernels before have signalled there
+        Net::signal(&region_of(call, call.call.rank)->consumed[kind][call.call.rank], ended, route);
     } else {
         store_release_sys(&region_of(call, rank)->consumed[kind][call.call.rank], ended);
     }

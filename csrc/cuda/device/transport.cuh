@@ -17,9 +17,9 @@ namespace hpc_moe::cuda {
 #ifndef HPC_MOE_PUTS
 struct Net {
     static constexpr bool kPuts = false;
-    __device__ static void put(void*, const void*, size_t, int) {}
-    __device__ static void order() {}
-    __device__ static void signal(uint64_t*, uint64_t, int) {}
+    __device__ static void put(void*, const void*, size_t, Route) {}
+    __device__ static void order(Route) {}
+    __device__ static void signal(uint64_t*, uint64_t, Route) {}
     __device__ static void complete() {}
     __device__ static bool has_come(const uint64_t*, uint64_t) { return true; }
 };
@@ -27,6 +27,12 @@ struct Net {
 
 __device__ inline bool is_put(const LowLatencyCall& call, int rank) {
     return Net::kPuts && (call.put_ranks >> rank & 1u);
+}
+
+// This block's way to a rank. Blocks have queue pairs of their own, as far as there are enough: so they do not wait for
+// each other's puts.
+__device__ inline Route route_to(const LowLatencyCall& call, int rank) {
+    return {call.pes[rank], call.state->of_block[blockIdx.x].queue};
 }
 
 // Whether a flag of `rank`, in this rank's region, is at least `wanted`; acquires what came with it.
@@ -39,9 +45,10 @@ __device__ inline bool has_come(const LowLatencyCall& call, const uint64_t* flag
 __device__ inline void put_with_flag(const LowLatencyCall& call, int rank, void* to, const void* from, size_t bytes,
                                      uint64_t* flag, uint64_t value) {
     fence_acq_rel_sys();  // what other threads wrote is there for whoever moves it
-    Net::put(to, from, bytes, call.pes[rank]);
-    Net::order();
-    Net::signal(flag, value, call.pes[rank]);
+    const Route route = route_to(call, rank);
+    Net::put(to, from, bytes, route);
+    Net::order(route);
+    Net::signal(flag, value, route);
 }
 
 }  // namespace hpc_moe::cuda

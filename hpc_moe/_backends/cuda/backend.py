@@ -188,7 +188,8 @@ class CudaBackend(Backend):
             if region.put_ranks:
                 library: Any = region.world.library
                 bits = sum(1 << r for r in region.put_ranks)
-                self.runtime.set_puts(bits, list(range(self.num_ranks)), library.low_latency_launchers())
+                pes = list(range(self.num_ranks))
+                self.runtime.set_puts(bits, pes, region.queue_pairs, library.low_latency_launchers())
         if enable_shrink:
             self.masks = Masks(self)
         return region

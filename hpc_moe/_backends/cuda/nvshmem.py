@@ -51,6 +51,7 @@ class Library(Protocol):
     def init(self, unique_id: bytes, pe: int, num_pes: int, device: int) -> None: ...
     def is_running(self) -> bool: ...
     def finalize(self, device: int) -> None: ...
+    def create_queue_pairs(self, count: int) -> list[int]: ...
 
 
 PlanMaker = Callable[[nvshmem_env.Version, Mapping[str, str]], nvshmem_env.Plan]
@@ -67,6 +68,7 @@ class World:
         device: the index of this rank's GPU.
         plan: the environment that NVSHMEM started with.
         references: how many buffers use it.
+        queue_pairs: handles of all that were created.
     """
 
     library: Library
@@ -75,6 +77,17 @@ class World:
     device: int
     plan: nvshmem_env.Plan
     references: int = 1
+    queue_pairs: list[int] = field(default_factory=list)
+
+    def share_queue_pairs(self, count: int) -> list[int]:
+        """Handles of queue pairs for kernels that put; none with a version in which NVSHMEM chooses them itself.
+
+        Collective, with the same count; `device` must be the current one. Buffers share them, for they cannot be given
+        back before NVSHMEM ends.
+        """
+        if len(self.queue_pairs) < count:
+            self.queue_pairs += self.library.create_queue_pairs(count - len(self.queue_pairs))
+        return self.queue_pairs[:count]
 
     def release(self, group: Group) -> None:
         """Let go of it; the last one ends NVSHMEM. Collective over the group that joined.

@@ -53,6 +53,7 @@ class Region:
         num_bytes: of each rank.
         addresses: of every rank's, as this process sees it; this rank's own for those in `put_ranks`.
         put_ranks: ranks that are reached through NVSHMEM's puts, not by stores.
+        queue_pairs: handles of those that the puts are spread over; none if NVSHMEM chooses.
     """
 
     def __init__(
@@ -71,16 +72,21 @@ class Region:
             self.addresses = [library.ptr(self._address, pe) for pe in range(group.size)]
             # Now, not when it is first asked for: that may be under graph capture.
             self._memory: torch.Tensor | None = torch.as_tensor(_Memory(self._address, num_bytes), device=device)
-        self.put_ranks = self._find_put_ranks(far_ranks)
+        puts = self._find_puts(far_ranks)
+        self.put_ranks = puts[group.rank]
+        self.queue_pairs: list[int] = []
+        if any(puts):  # all ranks take part, also those that put nothing
+            with group.step("creating NVSHMEM queue pairs"), torch.cuda.device(device):
+                self.queue_pairs = self.world.share_queue_pairs(plan_arguments["num_qps_per_rank"])
         # Nobody writes to these addresses; but what lies where is computed from them.
         self.addresses = [self._address if r in self.put_ranks else a for r, a in enumerate(self.addresses)]
 
-    def _find_put_ranks(self, far_ranks: Collection[int]) -> set[int]:
-        """These, and ranks that this GPU cannot write to, or that cannot write to it: both use puts. Collective."""
-        rank = self._group.rank
+    def _find_puts(self, far_ranks: Collection[int]) -> list[set[int]]:
+        """Of each rank, its far ranks, and those that it cannot write to, or that cannot write to it. Collective."""
+        rank, size = self._group.rank, self._group.size
         own = bytes(int(r != rank and (r in far_ranks or address == 0)) for r, address in enumerate(self.addresses))
         everybody = self._group.exchange("agreeing on who is reached how", len(own), lambda: own)
-        return {r for r in range(self._group.size) if r != rank and (own[r] or everybody[r][rank])}
+        return [{r for r in range(size) if everybody[of][r] or everybody[r][of]} for of in range(size)]
 
     def memory(self) -> torch.Tensor:
         """This rank's bytes, `[num_bytes] uint8`. Not to be used once they are freed."""

@@ -6,6 +6,7 @@
 #include <mutex>
 #include <random>
 
+#include "cuda/low_latency.h"
 #include "device.h"
 
 namespace emulation {
@@ -20,6 +21,7 @@ struct Put {
     uint8_t* to;
     const uint8_t* from;
     size_t bytes;
+    hpc_moe::cuda::Route route;
 };
 
 // What a thread has put, and the signal behind that.
@@ -115,17 +117,23 @@ namespace hpc_moe::cuda {
 struct Net {
     static constexpr bool kPuts = true;
 
-    static void put(void* to, const void* from, size_t bytes, int pe) {
+    static void put(void* to, const void* from, size_t bytes, Route route) {
         const emulation::Network& network = *emulation::Network::current;
-        network.at(from, pe);  // must be symmetric, too
-        emulation::pending().push_back({network.at(to, pe), static_cast<const uint8_t*>(from), bytes});
+        network.at(from, route.pe);  // must be symmetric, too
+        emulation::pending().push_back({network.at(to, route.pe), static_cast<const uint8_t*>(from), bytes, route});
     }
 
-    static void order() {}
+    static void order(Route) {}
 
-    static void signal(uint64_t* flag, uint64_t value, int pe) {
+    static void signal(uint64_t* flag, uint64_t value, Route route) {
         emulation::Network& network = *emulation::Network::current;
-        network.send({std::move(emulation::pending()), reinterpret_cast<uint64_t*>(network.at(flag, pe)), value});
+        for (const emulation::Put& put : emulation::pending()) {
+            if (put.route.pe == route.pe && put.route.queue == route.queue) continue;
+            fprintf(stderr, "a signal is not ordered behind what went another way\n");
+            abort();
+        }
+        auto* to = reinterpret_cast<uint64_t*>(network.at(flag, route.pe));
+        network.send({std::move(emulation::pending()), to, value});
         emulation::pending().clear();
     }
 
