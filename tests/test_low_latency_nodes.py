@@ -81,11 +81,13 @@ class FakeLibrary:
 def make_region(
     comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch, far: Collection[int], unreachable: Collection[int] = ()
 ) -> regions.Region:
-    world = SimpleNamespace(library=FakeLibrary(comm.rank, unreachable))
+    world = SimpleNamespace(
+        library=FakeLibrary(comm.rank, unreachable), share_queue_pairs=lambda count: list(range(count))
+    )
     monkeypatch.setattr(regions, "join", lambda *arguments, **options: world)
     monkeypatch.setattr(regions, "_Memory", lambda address, num_bytes: np.zeros(num_bytes, np.uint8))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    return regions.Region(Group(comm, 30), torch.device("cpu"), 4096, far)
+    return regions.Region(Group(comm, 30), torch.device("cpu"), 4096, far, num_qps_per_rank=3)
 
 
 @pytest.mark.mpi
@@ -108,6 +110,7 @@ def test_far_ranks_are_put_to_although_there_are_pointers(
 def test_two_ranks_use_puts_where_one_has_no_pointer(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> None:
     region = make_region(comm, monkeypatch, (), {1} if comm.rank == 0 else ())
     assert region.put_ranks == {0: {1}, 1: {0}}.get(comm.rank, set())
+    assert region.queue_pairs == [0, 1, 2]  # also of the others: all ranks create them together
 
 
 # --- what memory that takes ------------------------------------------------------------------------------------------
@@ -127,7 +130,7 @@ def test_room_for_outboxes_comes_on_top(
     def make_region(group: Any, device: Any, num_bytes: int, far_ranks: set[int], **network: Any) -> Any:
         asked.append((num_bytes, far_ranks))
         world = SimpleNamespace(library=library)
-        return SimpleNamespace(addresses=[0] * 4, num_bytes=num_bytes, put_ranks=far_ranks, world=world)
+        return SimpleNamespace(addresses=[0] * 4, num_bytes=num_bytes, put_ranks=far_ranks, queue_pairs=[], world=world)
 
     monkeypatch.setattr(backends, "Region", make_region)
     backend = backends.CudaBackend.__new__(backends.CudaBackend)
@@ -138,7 +141,7 @@ def test_room_for_outboxes_comes_on_top(
         num_ranks=4,
         num_rdma_bytes=10**6,
         runtime=SimpleNamespace(
-            set_regions=lambda *arguments: None, set_puts=lambda ranks, pes, launchers: puts.append(ranks)
+            set_regions=lambda *arguments: None, set_puts=lambda ranks, *others: puts.append(ranks)
         ),
     )
     backend._make_region(False, {"allow_nvlink_for_low_latency_mode": allow_nvlink})
