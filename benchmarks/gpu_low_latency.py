@@ -5,8 +5,9 @@
     mpirun -n 4 python benchmarks/gpu_low_latency.py --part tokens       # these parts
 
 One rank a GPU; gpu_measure.py says how time is taken. A graph has GRAPH_CALLS calls (or pairs of them) and its time is
-divided by their number, or it has a single one. The rows that experts return rotate over MIN_COPIES tensors: those of a
-few tokens are found in L2, as they would be behind the experts. Every run begins with a check of what the calls return.
+divided by their number, or it has a single one; the time of a loop is divided in the same way. The rows that experts
+return rotate over MIN_COPIES tensors: those of a few tokens are found in L2, as they would be behind the experts. Every
+run begins with a check of what the calls return.
 What fails is recorded, the other parts go on, and the exit status is 1.
 """
 
@@ -33,7 +34,7 @@ import hpc_moe
 from hpc_moe import _C
 from hpc_moe.fp8 import cast_to_fp8, dequantize
 
-GRAPH_CALLS = 20
+GRAPH_CALLS, LOOP_CALLS = 20, 50
 HOST_CALLS, HOST_CALLS_AT_ONCE = 200, 10
 TAGGED_BYTES = "HPC_MOE_TEST_TAGGED_BYTES"  # up to how many bytes that a rank sends its rows are tagged
 PLAIN, TAGGED = 0, 2**40  # for it: never; wherever there is room
@@ -199,7 +200,8 @@ def measure(calls: Calls, more: str = "", graph: bool = True, every_way: bool = 
         calls: what to measure.
         more: of the records' names.
         graph: also in a graph of GRAPH_CALLS.
-        every_way: also where the CPU has no lead, so that launches count, and a graph with a single one.
+        every_way: also where the CPU has no lead, so that launches count: one after a pause, and one of many in a loop;
+            and a graph with a single one.
     """
     handle = calls.dispatch(0)[2]
     calls.combine(0, handle)  # now there is what it sends
@@ -215,6 +217,7 @@ def measure(calls: Calls, more: str = "", graph: bool = True, every_way: bool = 
         if every_way:
             no_lead = functools.partial(eager, calls, operation, call, launch_ahead=False)
             bench.measure(f"{name}, launches included", no_lead)
+            bench.measure(f"{name}, launches included, in a loop", functools.partial(looped, calls, operation, call))
         for count in ([GRAPH_CALLS] if graph else []) + ([1] if every_way else []):
             in_graph = functools.partial(replayed, calls, operation, call, count)
             bench.measure(f"{name}, graph of {count}", in_graph)
@@ -224,6 +227,24 @@ def eager(calls: Calls, operation: str, call: Call, launch_ahead: bool = True) -
     """The record of a call that the CPU launches."""
     times = calls.bench.time(call, launch_ahead)
     return {**calls.facts(), "launch_ahead": launch_ahead, **times, **calls.traffic(operation, times["median_us"])}
+
+
+def looped(calls: Calls, operation: str, call: Call) -> dict[str, Any]:
+    """The record of one of LOOP_CALLS calls that the CPU launches one after the other, without a lead."""
+
+    def loop(_: int) -> None:
+        for iteration in range(LOOP_CALLS):
+            call(iteration)
+
+    times = calls.bench.time(loop, launch_ahead=False)
+    times.update({key: times[key] / LOOP_CALLS for key in ("median_us", "p10_us", "p90_us", "host_us")})
+    return {
+        **calls.facts(),
+        "loop_calls": LOOP_CALLS,
+        "launch_ahead": False,
+        **times,
+        **calls.traffic(operation, times["median_us"]),
+    }
 
 
 def replayed(calls: Calls, operation: str, call: Call, count: int) -> dict[str, Any]:
