@@ -104,6 +104,7 @@ struct LowLatencyCall {
     int32_t num_local_experts;  // L
     bool weighted;              // weights travel with the dispatch
     bool may_mask;              // a rank that does not come is masked, and the call goes on without it
+    bool begins_early;          // for the launch: see Grid
     Area tagged, plain;
     int32_t tagged_capacity;  // tokens of a part of the tagged area; the launch sets it
     // Ranks that are reached by puts (device/transport.cuh), a bit each; their PEs; and where, in this rank's region,

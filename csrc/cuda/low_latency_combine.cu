@@ -442,6 +442,8 @@ __global__ void __launch_bounds__(kLowLatencyThreads, 1)
     __shared__ Meeting meeting;
     const bool sends = p.call.halves & kSendHalf, receives = p.call.halves & kReceiveHalf;
     fetch_parameters(p);
+    wait_for_earlier_kernels();
+    let_next_kernel_begin();
     tell_ended_calls(p.call);
     const LowLatencyState::OfBlock& counters = counters_of(p.call);
     const uint64_t epoch = (sends ? counters.sent : counters.received)[kLowLatencyCombine] + 1;
@@ -467,7 +469,7 @@ void launch_low_latency_combine(LowLatencyCombineParams params, int num_blocks, 
     const int parts = params.call.weighted ? params.call.call.num_ranks : params.call.top_k;
     params.call.tagged_capacity = static_cast<int32_t>(kTaggedBytes / parts / (params.num_chunks * kWireChunkBytes));
     launch_kernel("launching the low-latency combine kernel", kernel_of(params.call.weighted, params.use_logfmt),
-                  {num_blocks, kLowLatencyThreads, 0, stream}, params);
+                  {num_blocks, kLowLatencyThreads, 0, stream, params.call.begins_early}, params);
 }
 
 void prepare_low_latency_combine() {

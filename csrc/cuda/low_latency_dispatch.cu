@@ -113,6 +113,8 @@ __global__ void __launch_bounds__(kLowLatencyThreads, 1)
     __shared__ Shared shared;
     const bool sends = p.call.halves & kSendHalf, receives = p.call.halves & kReceiveHalf;
     fetch_parameters(p);
+    wait_for_earlier_kernels();
+    let_next_kernel_begin();
     tell_ended_calls(p.call);
     const LowLatencyState::OfBlock& counters = counters_of(p.call);
     const uint64_t epoch = (sends ? counters.sent : counters.received)[kLowLatencyDispatch] + 1;
@@ -137,7 +139,7 @@ void launch_low_latency_dispatch(LowLatencyDispatchParams params, int num_blocks
         static_cast<int32_t>(kTaggedBytes / params.call.call.num_ranks / params.packet.packet_bytes);
     const size_t bytes = sizeof(int32_t) * params.call.num_local_experts * params.call.call.num_ranks;
     launch_kernel("launching the low-latency dispatch kernel", low_latency_dispatch,
-                  {num_blocks, kLowLatencyThreads, bytes, stream}, params);
+                  {num_blocks, kLowLatencyThreads, bytes, stream, params.call.begins_early}, params);
 }
 
 void prepare_low_latency_dispatch() {

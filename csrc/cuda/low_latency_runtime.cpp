@@ -56,6 +56,7 @@ void CudaRuntime::fill_low_latency_call(LowLatencyCall& call, LowLatencyKind kin
     call.state = low_latency_state_;
     call.halves = halves;
     call.may_mask = may_mask_;
+    call.begins_early = begins_early_;
     call.most_tagged_bytes = most_tagged_bytes_;
     call.put_ranks = put_ranks_;
     std::copy(pes_.begin(), pes_.end(), call.pes);

@@ -55,6 +55,14 @@ int bulk_scale_bytes(const DispatchParams& p) {
     return contiguous && aligned ? bytes : 0;
 }
 
+// Whether kernels can begin early (launch.h) on a GPU of this compute capability: by CUDA's guide from 9.0 on, and in
+// graphs from CUDA 12.3 on.
+bool can_begin_early(int major) {
+    int driver = 0;
+    check(cudaDriverGetVersion(&driver), "asking for the driver's version");
+    return major >= 9 && driver >= 12030 && CUDART_VERSION >= 12030;
+}
+
 }  // namespace
 
 Window::Window(int device, int64_t num_bytes) : device_(device), num_bytes_(num_bytes) {
@@ -99,6 +107,7 @@ CudaRuntime::CudaRuntime(int rank, std::vector<int> node_of_rank, int device, in
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking for the GPU's kind");
     check(cudaDeviceGetAttribute(&num_sms_, cudaDevAttrMultiProcessorCount, device), "asking for the GPU's kind");
     bulk_copies_ = bulk_copies && major >= 9;
+    begins_early_ = can_begin_early(major);
     if (link_rate < 0) link_rate_ = major >= 10 ? kNvlink5Rate : kNvlink4Rate;
     size_t free_bytes = 0, total_bytes = 0;
     check(cudaMemGetInfo(&free_bytes, &total_bytes), "asking for the GPU's memory");

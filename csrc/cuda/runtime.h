@@ -152,7 +152,7 @@ class CudaRuntime {
     std::vector<int> node_of_rank_;
     int64_t window_bytes_, stage_bytes_;
     double timeout_;
-    bool shares_gpu_, bulk_copies_;
+    bool shares_gpu_, bulk_copies_, begins_early_ = false;
     int link_rate_;
     uint32_t stress_seed_;
     int32_t mutation_;

@@ -12,6 +12,21 @@
 
 namespace hpc_moe::cuda {
 
+// All that earlier kernels on the stream did is done, and visible. To be called by kernels that are launched to begin
+// early (launch.h), in all threads.
+__device__ inline void wait_for_earlier_kernels() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next kernel may begin early, as far as there is room for its blocks, when all blocks have come here.
+__device__ inline void let_next_kernel_begin() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // What the store of the same word with release wrote before it is visible to loads after this one.
 __device__ inline uint64_t load_acquire_sys(const uint64_t* word) {
     uint64_t value;

@@ -16,6 +16,7 @@ struct Grid {
     int num_threads;
     size_t shared_bytes;
     cudaStream_t stream;
+    bool begins_early = false;
 };
 
 template <typename... Params, typename... Arguments>

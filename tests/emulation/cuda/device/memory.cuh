@@ -8,6 +8,9 @@
 
 namespace hpc_moe::cuda {
 
+inline void wait_for_earlier_kernels() {}
+inline void let_next_kernel_begin() {}
+
 inline uint64_t load_acquire_sys(const uint64_t* word) {
     emulation::yield();
     return __atomic_load_n(word, __ATOMIC_ACQUIRE);
