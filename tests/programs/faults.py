@@ -40,12 +40,13 @@ ON_CUDA = os.environ.get("HPC_MOE_TEST_DEVICE") == "cuda"
 DEVICE = torch.device("cuda", rank % torch.cuda.device_count()) if ON_CUDA else torch.device("cpu")
 EXPERTS = LOCAL_EXPERTS * size
 Results = dict[str, Any]
+LOW_LATENCY: Results = {"num_rdma_bytes": 2**23, "low_latency_mode": True}
 
 
 def make_buffer(**changes: Any) -> Buffer:
     arguments: Results = {"num_nvl_bytes": 2**23 if ON_CUDA else 2**21, "device": str(DEVICE)}
     if not ON_CUDA:
-        arguments |= {"num_rdma_bytes": 2**23, "low_latency_mode": True}
+        arguments |= LOW_LATENCY
     if "RANKS_PER_NODE" in os.environ:
         arguments["ranks_per_node"] = int(os.environ["RANKS_PER_NODE"])
     return Buffer(comm, **{**arguments, "timeout": TIMEOUT, **changes})
@@ -60,7 +61,7 @@ def everywhere() -> torch.Tensor:
     return (LOCAL_EXPERTS * torch.arange(size, device=DEVICE)).repeat(TOKENS, 1)
 
 
-ONES = torch.ones(TOKENS, size)
+ONES = torch.ones(TOKENS, size, device=DEVICE)
 survivors = [other for other in range(size) if other != VICTIM]
 
 
@@ -185,7 +186,7 @@ def seen_by_a_survivor(buffer: Buffer, calls: Calls, name: str) -> Results:
 
 def shrink(how: str) -> None:
     """With enable_shrink the others go on without the victim, which then comes back."""
-    buffer = make_buffer(enable_shrink=True)
+    buffer = make_buffer(enable_shrink=True, **LOW_LATENCY)
     calls = Calls(buffer)
 
     def exchange() -> Results:
@@ -195,7 +196,7 @@ def shrink(how: str) -> None:
             rows(), everywhere(), MAX_TOKENS, EXPERTS, use_fp8=False
         )
         combined, _, _ = buffer.low_latency_combine(low_x, everywhere(), ONES, handle)
-        mask = torch.full((size,), -1, dtype=torch.int32)
+        mask = torch.full((size,), -1, dtype=torch.int32, device=DEVICE)
         buffer.low_latency_query_mask_buffer(mask)
         return {
             "seconds": time.monotonic() - start,
