@@ -27,9 +27,9 @@ constexpr int kDetailsBytes = 16 * kMaxLowLatencyTopK;  // in front of a packet'
 
 // Bytes of an area for tagged rows. Nothing else is ever written there, so that what looks like a tag is one.
 constexpr int64_t kTaggedBytes = 8 << 20;
-// Rows are tagged where a rank sends at most so many bytes to its peers. Tags take half as much again of the links, but
-// need no fence and no flag, which cost some 3 us.
-constexpr int64_t kMostTaggedBytes = 2 << 20;
+// Rows are tagged where a rank sends at most so many bytes to its peers, by kind of call. Tags take half as much again
+// of the links, but need no fence and no flag, which cost some 3 us.
+constexpr int64_t kMostTaggedBytes[kNumLowLatencyKinds] = {2 << 20, 3 << 19};
 
 // At the start of a rank's region. Peers write it, each in places of its own, by parity of the call's number; nothing
 // is ever cleaned. The number of a call, its epoch, counts the calls of its kind.

@@ -20,7 +20,7 @@ void CudaRuntime::set_regions(const std::vector<uintptr_t>& regions, int64_t num
                    [](uintptr_t address) { return reinterpret_cast<uint8_t*>(address); });
     region_bytes_ = num_bytes;
     may_mask_ = may_mask;
-    if (most_tagged_bytes >= 0) most_tagged_bytes_ = most_tagged_bytes;
+    most_tagged_bytes_ = most_tagged_bytes;
     void* memory = nullptr;
     check(cudaMalloc(&memory, sizeof(LowLatencyState)), "allocating the low-latency state");
     low_latency_state_ = static_cast<LowLatencyState*>(memory);
@@ -57,7 +57,7 @@ void CudaRuntime::fill_low_latency_call(LowLatencyCall& call, LowLatencyKind kin
     call.halves = halves;
     call.may_mask = may_mask_;
     call.begins_early = begins_early_;
-    call.most_tagged_bytes = most_tagged_bytes_;
+    call.most_tagged_bytes = most_tagged_bytes_ < 0 ? kMostTaggedBytes[kind] : most_tagged_bytes_;
     call.put_ranks = put_ranks_;
     std::copy(pes_.begin(), pes_.end(), call.pes);
     if (lay_out(call, kind) > region_bytes_) throw std::runtime_error("the region is too small for this call");

@@ -163,7 +163,7 @@ class CudaRuntime {
     std::vector<uint8_t*> regions_;  // of all ranks, for low-latency calls
     int64_t region_bytes_ = 0;
     LowLatencyState* low_latency_state_ = nullptr;
-    int64_t most_tagged_bytes_ = kMostTaggedBytes;
+    int64_t most_tagged_bytes_ = -1;  // negative: kMostTaggedBytes
     bool may_mask_ = false;
     uint32_t put_ranks_ = 0;
     std::vector<int> pes_;
