@@ -176,9 +176,10 @@ def low_latency_rows(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
         show(f"{both}, {per_expert}, in a graph", "main", f"{both}, {per_expert}, {in_graph}"),
         show("dispatch bf16", "formats", "dispatch, bf16"),
         show("combine, logarithmic format", "formats", "combine, logfmt"),
+        *(show(f"{name}, 1 token, in a graph", "tokens", f"{name}, {in_graph}", 1) for name in ("dispatch", "combine")),
         *(
-            show(f"{both}, {count} token{'s' if count > 1 else ''}, in a graph", "tokens", f"{both}, {in_graph}", count)
-            for count in (1, 8, 32, 512)
+            show(f"{both}, {count} tokens, in a graph", "tokens", f"{both}, {in_graph}", count)
+            for count in (8, 32, 512)
         ),
         show("dispatch, of the CPU", "host", "dispatch, CPU", key="host_us"),
         show("combine, of the CPU", "host", "combine, CPU", key="host_us"),
