@@ -214,7 +214,7 @@ class CudaBackend(Backend):
         return counted.layout, self.known_event(lane.event)
 
     def check_normal(self, request: DispatchRequest | CombineRequest) -> None:
-        masked = set() if torch.cuda.is_current_stream_capturing() else self.masked
+        masked = self._masked_unless_capturing()
         if masked:
             raise UnavailableError(f"ranks {sorted(masked)} are masked; only low-latency calls go on without them")
         if isinstance(request, DispatchRequest):
@@ -310,6 +310,10 @@ class CudaBackend(Backend):
         """Ranks that low-latency calls go on without. Waits for the GPU, which masks them."""
         return set() if self.masks is None else self.masks.now()
 
+    def _masked_unless_capturing(self) -> set[int]:
+        """The same for normal calls, which may be part of a graph."""
+        return set() if torch.cuda.is_current_stream_capturing() else self.masked
+
     def write_masks(self, mask_status: torch.Tensor) -> None:
         if self.masks is not None:
             self.masks.write(mask_status)
@@ -387,9 +391,12 @@ class CudaBackend(Backend):
             has_calls = self.num_nvl_bytes > 0 or self.num_ranks == 1
         if not has_calls:
             return  # all ranks reject it alike, and there is nothing to tell them through
-        if name in OPERATIONS[:4]:
-            self.epoch += 1
-            self._tell(name, error, False)
+        if name not in OPERATIONS[:4]:
+            return
+        if name not in _LOW_LATENCY_OPERATIONS and self._masked_unless_capturing():
+            return  # no rank makes a normal call, and the kernel that tells the others would wait for the masked ones
+        self.epoch += 1
+        self._tell(name, error, False)
 
     def _tell(self, name: str, error: Exception, behind_exchange: bool) -> None:
         """Take this rank's part in a call, or in what is left of it, by telling the others that it cannot."""
