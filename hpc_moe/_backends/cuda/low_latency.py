@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 # Sends of a buffer whose receive half has not run.
 MAX_UNRECEIVED = 2
 _SEND, _RECEIVE = 1, 2
+_ALIGNMENT = 128  # bytes, of the scales behind a routing
 
 
 @dataclass(eq=False)
@@ -50,12 +51,12 @@ class DispatchPlan:
         sizes: M, H and K.
         shape: of `recv_x`.
         like_rows: an empty tensor of the dtype of `recv_x`, on the same device.
-        scales: shape and strides of its scales; None for bf16.
-        like_scales: as `like_rows`.
         num_ranks: R.
         parts: of a routing's memory, in bytes.
-        words: how long that is, in units of 4 bytes.
+        words: how long that is with the scales behind it, in units of 4 bytes.
         counts: where in it `recv_count` is, in the same units.
+        scales: shape, strides and place, in the same units, of the scales; None for bf16.
+        scale_dtype: theirs.
         like_memory: as `like_rows`.
     """
 
@@ -66,12 +67,12 @@ class DispatchPlan:
     sizes: tuple[int, int, int]
     shape: tuple[int, int, int]
     like_rows: torch.Tensor
-    scales: tuple[tuple[int, int, int], tuple[int, int, int]] | None
-    like_scales: torch.Tensor
     num_ranks: int
     parts: _C.RoutingParts
     words: int
     counts: slice
+    scales: tuple[tuple[int, int, int], tuple[int, int, int], int] | None
+    scale_dtype: torch.dtype
     like_memory: torch.Tensor
 
 
@@ -97,8 +98,8 @@ class Routing:
     Attributes:
         staging: which of the two staging buffers is this handle's.
         made_on: the stream that `memory` is of.
-        memory: int32; what came, for the combine's kernel, and small results. `RoutingParts` of csrc/cuda/low_latency.h
-            says what lies where.
+        memory: int32; what came, for the combine's kernel, and small results (`RoutingParts` of csrc/cuda/low_latency.h
+            says what lies where); then the scales of `recv_x`.
         plan: of the dispatch.
         is_received: whether the receive half has been launched.
     """
@@ -158,14 +159,22 @@ class LowLatency:
         self._num_dispatches = 0
         self._current: tuple[int, torch.cuda.Stream] | None = None  # when last asked for
         self._last_stream: torch.cuda.Stream | None = None  # of the last launch, but for captured ones
-        self._launched = torch.cuda.Event()  # behind it
+        self._launched: torch.cuda.Event | None = None  # behind it, once there have been launches on several streams
 
     # --- streams -------------------------------------------------------------------------------------------------
 
     def join(self, stream: torch.cuda.Stream) -> None:
-        """Make a stream, which is not being captured, wait for the last launch, if that was on another one."""
-        if self._last_stream is not None and self._last_stream != stream:
-            stream.wait_event(self._launched)
+        """Make a stream, which is not being captured, wait for the last launch, if that was on another one.
+
+        The first time it waits for whatever came behind the launch, too. To record an event behind each launch takes
+        time, which is in vain where all are on one stream.
+        """
+        if self._last_stream is None or self._last_stream == stream:
+            return
+        if self._launched is None:
+            self._launched = torch.cuda.Event()
+            self._launched.record(self._last_stream)
+        stream.wait_event(self._launched)
 
     def _launch(self, run: Callable[..., None], arguments: tuple[Any, ...], *more: Any) -> None:
         """Launch something on the current stream, behind the buffer's earlier calls and before the later ones.
@@ -179,7 +188,8 @@ class LowLatency:
             self.join(current)
         run(*arguments, *more, current.cuda_stream)
         if not is_capturing:
-            self._launched.record(current)
+            if self._launched is not None:
+                self._launched.record(current)
             self._last_stream = current
 
     def _current_stream(self) -> torch.cuda.Stream:
@@ -317,7 +327,7 @@ class LowLatency:
         launch = self._backend.runtime.launch_low_latency_dispatch
         if form.return_recv_hook:
             # Not the result itself, which refers to what is returned here: only the garbage collector would free that.
-            results = (result.recv_x, result.recv_scales, routing.memory)
+            results = (result.recv_x, routing.memory)
             given = (topk_idx, topk_weights, request.recv_stats, request.wait_stats)
             result.receive = self._send(launch, arguments, (*results, *given), routing)
         else:
@@ -336,9 +346,10 @@ class LowLatency:
         params.hidden, params.top_k, params.weighted = form.hidden, form.top_k, form.weighted
         params.num_local_experts = local
         params.round_scale, params.use_ue8m0 = form.round_scale, form.use_ue8m0
-        columns = form.hidden * scale_bytes // 512
         parts = _C.lay_out_routing(params, num_ranks)
         counts = parts.recv_count // 4
+        columns = form.hidden * scale_bytes // 512
+        scales_at = -(-parts.end // _ALIGNMENT) * _ALIGNMENT // 4
         plan = form.plan = DispatchPlan(
             params=params,
             scale_bytes=scale_bytes,
@@ -349,22 +360,22 @@ class LowLatency:
             sizes=(form.num_max_tokens, form.hidden, form.top_k),
             shape=(local, rows, form.hidden),
             like_rows=x.new_empty(0, dtype=torch.float8_e4m3fn if form.use_fp8 else torch.bfloat16),
-            scales=((local, rows, columns), (columns * rows, 1, rows)) if form.use_fp8 else None,
-            like_scales=x.new_empty(0, dtype=torch.int32 if form.use_ue8m0 else torch.float32),
             num_ranks=num_ranks,
             parts=parts,
-            words=parts.end // 4,
+            words=scales_at + local * columns * rows,
             counts=slice(counts, counts + local),
+            scales=((local, rows, columns), (columns * rows, 1, rows), scales_at) if form.use_fp8 else None,
+            scale_dtype=torch.int32 if form.use_ue8m0 else torch.float32,
             like_memory=x.new_empty(0, dtype=torch.int32),
         )
         return plan
 
     def _allocate(self, form: LowLatencyDispatchForm, plan: DispatchPlan) -> LowLatencyDispatchResult:
         # As few pieces of memory as can be, and without naming a dtype, or a shape as a tuple: all this takes longer
-        # than it looks.
+        # than it looks. (Rows are a piece of their own: they may go while the handle stays.)
         recv_x = plan.like_rows.new_empty(*plan.shape)
-        scales = None if plan.scales is None else plan.like_scales.new_empty_strided(*plan.scales)
         memory = plan.like_memory.new_empty(plan.words)
+        scales = None if plan.scales is None else memory.view(plan.scale_dtype).as_strided(*plan.scales)
         handle = LowLatencyHandle(
             form.num_max_tokens,
             form.hidden,
