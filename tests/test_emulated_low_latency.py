@@ -104,6 +104,12 @@ def test_puts_when_a_rank_is_lost(build: Build) -> None:
     expect_right(build("puts"), ranks=3, rounds=8, seed=1, put_ranks=0b111, deaths=1)
 
 
+def test_what_no_fence_orders_is_noticed(build: Build) -> None:
+    done = execute(build("puts"), ranks=2, rounds=100, seed=1, put_ranks=0b11, fences=0)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "wrong: " in done.stdout
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_pauses(build: Build, ranks: int) -> None:
     expect_right(build("stress"), ranks=ranks, rounds=10, seed=ranks, stress_seed=7)

@@ -16,6 +16,9 @@ struct Net {
 
 #if NVSHMEM_VENDOR_VERSION >= 30519  // has queue pairs for its callers: see create_queue_pairs in world.h
 
+    // Whether complete() waits for what has gone this way only, not for all that this rank has put.
+    static constexpr bool kCompletesRoutes = true;
+
     // Starts it; `from` must stay as it is until the peer has said that it is done with what came.
     __device__ static void put(void* to, const void* from, size_t bytes, Route route) {
         nvshmemx_qp_uint8_put_nbi(static_cast<uint8_t*>(to), static_cast<const uint8_t*>(from), bytes, route.pe,
@@ -29,13 +32,12 @@ struct Net {
         nvshmemx_qp_signal_op(flag, value, NVSHMEM_SIGNAL_SET, route.pe, route.queue);
     }
 
-    // All that this rank has put is there.
-    __device__ static void complete() {
-        nvshmemx_qp_handle_t all = NVSHMEMX_QP_ALL;
-        nvshmemx_qp_quiet(NVSHMEMX_PE_ALL, &all, 1);
-    }
+    // What has gone this way is there.
+    __device__ static void complete(Route route) { nvshmemx_qp_quiet(route.pe, &route.queue, 1); }
 
 #else  // NVSHMEM chooses a queue pair for each put, and its fence is about all of them
+
+    static constexpr bool kCompletesRoutes = false;
 
     __device__ static void put(void* to, const void* from, size_t bytes, Route route) {
         nvshmem_putmem_nbi(to, from, bytes, route.pe);
@@ -47,7 +49,7 @@ struct Net {
         nvshmemx_signal_op(flag, value, NVSHMEM_SIGNAL_SET, route.pe);
     }
 
-    __device__ static void complete() { nvshmem_quiet(); }
+    __device__ static void complete(Route) { nvshmem_quiet(); }
 
 #endif
 

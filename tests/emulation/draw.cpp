@@ -27,7 +27,7 @@ Round draw_shape(const World& world, Random& random) {
     if (round.ue8m0) round.hidden = (round.hidden + 511) / 512 * 512;
     round.weighted = random.below(2);
     round.most_tagged_bytes = random.one_in(3)  ? 0
-                              : random.below(2) ? kMostTaggedBytes[kLowLatencyDispatch]
+                              : random.below(2) ? kMostTaggedBytes[random.below(kNumLowLatencyKinds)]
                                                 : random.below(200000);
     const Order orders[] = {Order::kWhole, Order::kWhole, Order::kHalves, Order::kTwoUnderWay};
     round.order = orders[random.below(4)];

@@ -20,7 +20,7 @@ Options parse(int count, char** words) {
     const std::map<std::string, int*> names = {
         {"ranks", &options.ranks},       {"rounds", &options.rounds},       {"seed", &options.seed},
         {"deaths", &options.deaths},     {"put_ranks", &options.put_ranks}, {"stress_seed", &options.stress_seed},
-        {"mutation", &options.mutation},
+        {"mutation", &options.mutation}, {"fences", &options.fences},
     };
     for (int i = 1; i < count; ++i) {
         const std::string word = words[i];
@@ -100,7 +100,7 @@ int main(int count, char** words) {
 #ifdef HPC_MOE_PUTS
     std::vector<emulation::Region> regions;
     for (const auto& rank : world.ranks) regions.push_back({rank->region, kRegionBytes});
-    const emulation::Network network(regions);
+    const emulation::Network network(regions, world.options.fences != 0);
 #endif
     for (int number = 0; number < world.options.rounds; ++number) {
         draw_round(world, random);

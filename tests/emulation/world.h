@@ -16,6 +16,7 @@ struct Options {
     int put_ranks = 0;    // a bit for each rank that others of these reach by puts
     int stress_seed = 0;  // stress builds: 0 for no pauses
     int mutation = 0;     // stress builds: the rule to break
+    int fences = 1;       // 0: those between puts and signals do nothing
 };
 
 class Random {

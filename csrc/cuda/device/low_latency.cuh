@@ -275,15 +275,22 @@ __device__ inline void meet_peers(const LowLatencyCall& call, LowLatencyKind kin
     if (threadIdx.x == 0 && !goes_on) meeting.refused = 1;
 }
 
+// One thread, after its block has met: what this block has put is there. Where ranks are lost, that may never be so.
+__device__ inline void complete_puts(const LowLatencyCall& call) {
+    const uint32_t masked = masked_ranks(call);
+    if (load_relaxed_gpu(&call.call.state->gave_up) || (masked != 0 && !Net::kCompletesRoutes)) return;
+#pragma unroll 1
+    for (uint32_t left = call.put_ranks & ~masked; left != 0; left &= left - 1) {
+        Net::complete(route_to(call, __ffs(left) - 1));
+    }
+}
+
 // All threads of a block, at the end of a kernel. `knows_shape`: see Meeting.
 __device__ inline void end_halves(const LowLatencyCall& call, LowLatencyKind kind, uint64_t epoch, bool went_on,
                                   bool knows_shape) {
     __syncthreads();  // all of the block are done with the counters
     if (threadIdx.x != 0) return;
-    // Nobody has received what is on its way. With a lost rank, to wait for that may take for ever.
-    if (Net::kPuts && !went_on && masked_ranks(call) == 0 && !load_relaxed_gpu(&call.call.state->gave_up)) {
-        Net::complete();
-    }
+    if (Net::kPuts && !went_on) complete_puts(call);  // nobody has received what is on its way
     LowLatencyState::OfBlock& counters = counters_of(call);
     if (call.halves & kSendHalf) counters.sent[kind] = epoch;
     if (call.halves & kReceiveHalf) counters.received[kind] = epoch;

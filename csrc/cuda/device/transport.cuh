@@ -16,11 +16,11 @@ namespace hpc_moe::cuda {
 
 #ifndef HPC_MOE_PUTS
 struct Net {
-    static constexpr bool kPuts = false;
+    static constexpr bool kPuts = false, kCompletesRoutes = false;
     __device__ static void put(void*, const void*, size_t, Route) {}
     __device__ static void order(Route) {}
     __device__ static void signal(uint64_t*, uint64_t, Route) {}
-    __device__ static void complete() {}
+    __device__ static void complete(Route) {}
     __device__ static bool has_come(const uint64_t*, uint64_t) { return true; }
 };
 #endif

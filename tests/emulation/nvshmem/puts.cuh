@@ -1,10 +1,13 @@
-// Stands in for csrc/nvshmem/puts.cuh: what is put is copied later, by other threads, in any order that a signal leaves
-// open, and some that a fence would not: a program that is right here needs no more than NVSHMEM promises.
+// Stands in for csrc/nvshmem/puts.cuh: what is put or signalled is delivered later, by other threads, in any order that
+// fences leave open: a program that is right here needs no more than NVSHMEM promises.
 #pragma once
 
 #include <atomic>
+#include <chrono>
+#include <map>
 #include <mutex>
 #include <random>
+#include <utility>
 
 #include "cuda/low_latency.h"
 #include "device.h"
@@ -17,24 +20,24 @@ struct Region {
     size_t bytes;
 };
 
-struct Put {
-    uint8_t* to;
-    const uint8_t* from;
-    size_t bytes;
-    hpc_moe::cuda::Route route;
-};
+// A PE and a queue pair: between different ones there is no order.
+using Way = std::pair<int, int>;
 
-// What a thread has put, and the signal behind that.
+// A put, or a signal.
 struct Parcel {
-    std::vector<Put> puts;
-    uint64_t* flag;
+    uint8_t* to;
+    const uint8_t* from;  // null: a signal, of `value`
+    size_t bytes;
     uint64_t value;
+    Way way;
+    uint64_t number, after;  // comes behind all that go the same way and have numbers up to this
+    std::chrono::steady_clock::time_point not_before;
 };
 
 // Those of the ranks of this process. One at a time.
 class Network {
    public:
-    explicit Network(std::vector<Region> regions) : regions_(std::move(regions)) {
+    Network(std::vector<Region> regions, bool has_fences) : has_fences(has_fences), regions_(std::move(regions)) {
         current = this;
         for (unsigned seed = 1; seed <= 2; ++seed) couriers_.emplace_back([this, seed] { carry(seed); });
     }
@@ -45,6 +48,7 @@ class Network {
     }
 
     static inline Network* current = nullptr;
+    const bool has_fences;
 
     // The place in a PE's region that `address` is in its own.
     uint8_t* at(const void* address, int pe) const {
@@ -58,22 +62,41 @@ class Network {
 
     void send(Parcel parcel) {
         const std::lock_guard<std::mutex> lock(mutex_);
-        parcels_.push_back(std::move(parcel));
+        parcel.number = ++last_number_;
+        parcel.not_before = std::chrono::steady_clock::now();
+        // Some take as long as a kernel, so that what later ones send can overtake them.
+        if (random_() % 16 == 0) parcel.not_before += std::chrono::milliseconds(random_() % 50);
+        parcels_.push_back(parcel);
     }
 
-    bool is_idle() {
+    // The number of the last parcel of all.
+    uint64_t last_number() {
         const std::lock_guard<std::mutex> lock(mutex_);
-        return parcels_.empty() && num_carried_ == 0;
+        return last_number_;
+    }
+
+    // Whether nothing goes this way any more.
+    bool is_idle(Way way) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        return !is_under_way(way, ~uint64_t{0});
     }
 
    private:
+    bool is_under_way(Way way, uint64_t up_to) const {
+        const auto is_meant = [&](const Parcel& other) { return other.way == way && other.number <= up_to; };
+        return std::any_of(parcels_.begin(), parcels_.end(), is_meant) ||
+               std::any_of(carried_.begin(), carried_.end(), is_meant);
+    }
+
     bool take(std::mt19937& random, Parcel& parcel) {
         const std::lock_guard<std::mutex> lock(mutex_);
         if (parcels_.empty() || random() % 4 == 0) return false;
-        std::swap(parcels_[random() % parcels_.size()], parcels_.back());
-        parcel = std::move(parcels_.back());
+        Parcel& drawn = parcels_[random() % parcels_.size()];
+        if (is_under_way(drawn.way, drawn.after) || std::chrono::steady_clock::now() < drawn.not_before) return false;
+        parcel = drawn;
+        std::swap(drawn, parcels_.back());
         parcels_.pop_back();
-        ++num_carried_;
+        carried_.push_back(parcel);
         return true;
     }
 
@@ -85,28 +108,29 @@ class Network {
                 std::this_thread::sleep_for(std::chrono::microseconds(random() % 100));
                 continue;
             }
-            std::shuffle(parcel.puts.begin(), parcel.puts.end(), random);
-            for (const Put& put : parcel.puts) memcpy(put.to, put.from, put.bytes);
-            // Signals to a word grow. If the later one overtook, it stays.
-            uint64_t old = __atomic_load_n(parcel.flag, __ATOMIC_RELAXED);
-            while (old < parcel.value && !__atomic_compare_exchange_n(parcel.flag, &old, parcel.value, false,
-                                                                      __ATOMIC_RELEASE, __ATOMIC_RELAXED)) {
+            if (parcel.from) {
+                memcpy(parcel.to, parcel.from, parcel.bytes);
+            } else {
+                __atomic_store_n(reinterpret_cast<uint64_t*>(parcel.to), parcel.value, __ATOMIC_RELEASE);
             }
-            --num_carried_;
+            const std::lock_guard<std::mutex> lock(mutex_);
+            const auto is_it = [&](const Parcel& other) { return other.number == parcel.number; };
+            carried_.erase(std::find_if(carried_.begin(), carried_.end(), is_it));
         }
     }
 
     const std::vector<Region> regions_;
     std::vector<std::thread> couriers_;
     std::mutex mutex_;
-    std::vector<Parcel> parcels_;
-    std::atomic<int> num_carried_{0};
+    std::mt19937 random_;
+    std::vector<Parcel> parcels_, carried_;
+    uint64_t last_number_ = 0;
     std::atomic<bool> ends_{false};
 };
 
-// What this GPU thread has put since its last signal.
-inline std::vector<Put>& pending() {
-    static thread_local std::vector<Put> of_thread[kMaxThreads];
+// What this GPU thread's fences have put in order: up to which number, each way.
+inline std::map<Way, uint64_t>& fences() {
+    static thread_local std::map<Way, uint64_t> of_thread[kMaxThreads];
     return of_thread[self().index.x];
 }
 
@@ -115,30 +139,30 @@ inline std::vector<Put>& pending() {
 namespace hpc_moe::cuda {
 
 struct Net {
-    static constexpr bool kPuts = true;
+    static constexpr bool kPuts = true, kCompletesRoutes = true;
 
     static void put(void* to, const void* from, size_t bytes, Route route) {
-        const emulation::Network& network = *emulation::Network::current;
+        emulation::Network& network = *emulation::Network::current;
         network.at(from, route.pe);  // must be symmetric, too
-        emulation::pending().push_back({network.at(to, route.pe), static_cast<const uint8_t*>(from), bytes, route});
+        const emulation::Way way(route.pe, route.queue);
+        network.send(
+            {network.at(to, route.pe), static_cast<const uint8_t*>(from), bytes, 0, way, 0, emulation::fences()[way]});
     }
 
-    static void order(Route) {}
+    static void order(Route route) {
+        emulation::Network& network = *emulation::Network::current;
+        if (network.has_fences) emulation::fences()[{route.pe, route.queue}] = network.last_number();
+    }
 
     static void signal(uint64_t* flag, uint64_t value, Route route) {
         emulation::Network& network = *emulation::Network::current;
-        for (const emulation::Put& put : emulation::pending()) {
-            if (put.route.pe == route.pe && put.route.queue == route.queue) continue;
-            fprintf(stderr, "a signal is not ordered behind what went another way\n");
-            abort();
-        }
-        auto* to = reinterpret_cast<uint64_t*>(network.at(flag, route.pe));
-        network.send({std::move(emulation::pending()), to, value});
-        emulation::pending().clear();
+        const emulation::Way way(route.pe, route.queue);
+        auto* to = network.at(flag, route.pe);
+        network.send({to, nullptr, sizeof value, value, way, 0, emulation::fences()[way]});
     }
 
-    static void complete() {
-        while (!emulation::Network::current->is_idle()) emulation::yield();
+    static void complete(Route route) {
+        while (!emulation::Network::current->is_idle({route.pe, route.queue})) emulation::yield();
     }
 
     static bool has_come(const uint64_t* flag, uint64_t value) {
