@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -473,9 +474,9 @@ class Passed:
         except (AttributeError, RuntimeError, TypeError):  # no tensor, or a sparse one; or what has no hash
             return None, None
 
-    def add(self, key: Any, form: Any) -> None:
-        """Remember the form of calls of this key."""
-        if key is None:
+    def add(self, key: Any, form: Any, integers: Sequence[Any] = ()) -> None:
+        """Remember the form of calls of this key, unless one of its `integers` only acts as one: that may change."""
+        if key is None or not all(isinstance(value, Integral) for value in integers):
             return
         if len(self._forms) >= self._MOST:
             self._forms.clear()
@@ -559,7 +560,7 @@ def low_latency_dispatch_request(
             use_ue8m0,
             return_recv_hook,
         )
-        facts.passed.add(key, form)
+        facts.passed.add(key, form, (num_max_tokens, num_experts))
     request = LowLatencyDispatchRequest(form, x, topk_idx, topk_weights, recv_stats, wait_stats)
     if not topk_idx.is_cuda:
         request.topk_idx = topk_idx.contiguous()

@@ -109,10 +109,11 @@ class Region:
 class World:
     """A backend among stand-ins, and what torch says of streams."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, has_low_latency: bool = True) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, has_low_latency: bool = True, ranks: int = RANKS) -> None:
         self.streams = [Stream("first", 1), Stream("second", 2)]
         self.current, self.is_capturing = self.streams[0], False
         self.lent: list[tuple[torch.Tensor, Stream]] = []
+        self.forms: list[LowLatencyDispatchForm] = []  # of dispatches
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
         monkeypatch.setattr(low_latency, "current_stream_number", lambda device: self.current.cuda_stream)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.is_capturing)
@@ -122,7 +123,7 @@ class World:
         self.runtime, self.comm_stream = Runtime(), Stream("communication", 3)
         made = CudaBackend.__new__(CudaBackend)
         vars(made).update(
-            device=torch.device("cpu"), num_ranks=RANKS, rank=0, num_nvl_bytes=0, epoch=0, runtime=self.runtime,
+            device=torch.device("cpu"), num_ranks=ranks, rank=0, num_nvl_bytes=0, epoch=0, runtime=self.runtime,
             comm_stream=self.comm_stream, counters={name: backends.Counter() for name in OPERATIONS[:4]},
             _comm_stream_is_ahead=False, _last_caller=None, _agreed_names={}, _told=False, broken="", low_latency=None,
             _pending=None,
@@ -140,8 +141,10 @@ class World:
     def launches(self) -> list[tuple[str, int, int]]:
         return self.runtime.launches
 
-    def dispatch(self, later: bool = True, hidden: int = HIDDEN, **changes: Any) -> LowLatencyDispatchResult:
-        """Through the checks that `Buffer` makes. `changes`: of the form or of the request."""
+    def dispatch(
+        self, later: bool = True, hidden: int = HIDDEN, form: LowLatencyDispatchForm | None = None, **changes: Any
+    ) -> LowLatencyDispatchResult:
+        """Through the checks that `Buffer` makes. `form`: of an earlier call; `changes`: of a new one, or of inputs."""
         arguments: dict[str, Any] = {
             "num_tokens": M,
             "hidden": hidden,
@@ -162,7 +165,8 @@ class World:
         }
         tensors = {name: arguments.pop(name) for name in ("x", "topk_idx", "topk_weights", "recv_stats", "wait_stats")}
         self.backend.check_unreceived(later)
-        form = LowLatencyDispatchForm(**arguments)
+        form = form or LowLatencyDispatchForm(**arguments)
+        self.forms.append(form)
         return self.backend.low_latency_dispatch(LowLatencyDispatchRequest(form, **tensors))
 
     def combine(self, handle: LowLatencyHandle, later: bool = True, **changes: Any) -> Any:
@@ -297,6 +301,38 @@ def test_copies_of_what_is_not_contiguous_live_until_they_have_been_read(world: 
     kept = {tensor.data_ptr() for tensor in world.low_latency._unreceived[0].used if tensor is not None}
     assert set(others) == kept | {0}
     receive()
+
+
+def test_a_call_like_an_earlier_one_reads_and_writes_what_it_is_given(world: World) -> None:
+    first = world.dispatch(later=False)
+    form = world.forms[-1]
+    inputs = {"x": torch.ones(M, HIDDEN, dtype=torch.bfloat16), "topk_idx": torch.zeros(M, TOP_K, dtype=torch.int64)}
+    second = world.dispatch(later=False, form=form, **inputs)
+    x_at, _, index_at, _, rows_at, _, memory_at, *_ = world.runtime.addresses[-1]
+    assert (x_at, index_at) == (inputs["x"].data_ptr(), inputs["topk_idx"].data_ptr())
+    assert (rows_at, memory_at) == (second.recv_x.data_ptr(), second.handle._backend_state.memory.data_ptr())
+    assert not {rows_at, memory_at} & set(world.runtime.addresses[0])
+    assert first.recv_count.data_ptr() != second.recv_count.data_ptr()
+
+
+@pytest.mark.parametrize("use_ue8m0", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_results_besides_rows_do_not_overlap(monkeypatch: pytest.MonkeyPatch, ranks: int, use_ue8m0: bool) -> None:
+    """Of sizes that are all odd, with which nothing is aligned by chance."""
+    world = World(monkeypatch, ranks=ranks)
+    hidden = 512 if use_ue8m0 else 128
+    sizes = {"num_max_tokens": 5, "num_tokens": M, "num_experts": ranks, "hidden": hidden}
+    sent = world.dispatch(later=False, use_fp8=True, round_scale=True, use_ue8m0=use_ue8m0, **sizes)
+    scales = sent.recv_scales
+    assert scales is not None and scales.shape == (1, 5 * ranks, 1) and scales.data_ptr() % 16 == 0
+    assert scales.dtype == (torch.int32 if use_ue8m0 else torch.float32)
+    handle = sent.handle
+    assert handle[0].shape == (1, 5 * ranks) and handle[1].shape == (1, ranks)
+    results = [sent.recv_count, handle[0], handle[1], scales]
+    for number, result in enumerate(results):
+        result.fill_(number + 1)
+    for number, result in enumerate(results):
+        assert bool((result == number + 1).all())
 
 
 @pytest.mark.parametrize(

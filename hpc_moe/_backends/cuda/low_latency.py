@@ -359,14 +359,14 @@ class LowLatency:
             or not (request.topk_weights is None or request.topk_weights.is_contiguous()),
             sizes=(form.num_max_tokens, form.hidden, form.top_k),
             shape=(local, rows, form.hidden),
-            like_rows=x.new_empty(0, dtype=torch.float8_e4m3fn if form.use_fp8 else torch.bfloat16),
+            like_rows=torch.empty(0, dtype=torch.float8_e4m3fn if form.use_fp8 else torch.bfloat16, device=x.device),
             num_ranks=num_ranks,
             parts=parts,
-            words=scales_at + local * columns * rows,
+            words=-(-(scales_at + local * columns * rows) // 2) * 2,  # some are read two at a time
             counts=slice(counts, counts + local),
             scales=((local, rows, columns), (columns * rows, 1, rows), scales_at) if form.use_fp8 else None,
             scale_dtype=torch.int32 if form.use_ue8m0 else torch.float32,
-            like_memory=x.new_empty(0, dtype=torch.int32),
+            like_memory=torch.empty(0, dtype=torch.int32, device=x.device),
         )
         return plan
 
