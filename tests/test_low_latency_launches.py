@@ -306,7 +306,10 @@ def test_copies_of_what_is_not_contiguous_live_until_they_have_been_read(world: 
 def test_a_call_like_an_earlier_one_reads_and_writes_what_it_is_given(world: World) -> None:
     first = world.dispatch(later=False)
     form = world.forms[-1]
-    inputs = {"x": torch.ones(M, HIDDEN, dtype=torch.bfloat16), "topk_idx": torch.zeros(M, TOP_K, dtype=torch.int64)}
+    inputs: dict[str, Any] = {
+        "x": torch.ones(M, HIDDEN, dtype=torch.bfloat16),
+        "topk_idx": torch.zeros(M, TOP_K, dtype=torch.int64),
+    }
     second = world.dispatch(later=False, form=form, **inputs)
     x_at, _, index_at, _, rows_at, _, memory_at, *_ = world.runtime.addresses[-1]
     assert (x_at, index_at) == (inputs["x"].data_ptr(), inputs["topk_idx"].data_ptr())
@@ -321,7 +324,7 @@ def test_results_besides_rows_do_not_overlap(monkeypatch: pytest.MonkeyPatch, ra
     """Of sizes that are all odd, with which nothing is aligned by chance."""
     world = World(monkeypatch, ranks=ranks)
     hidden = 512 if use_ue8m0 else 128
-    sizes = {"num_max_tokens": 5, "num_tokens": M, "num_experts": ranks, "hidden": hidden}
+    sizes: dict[str, Any] = {"num_max_tokens": 5, "num_tokens": M, "num_experts": ranks, "hidden": hidden}
     sent = world.dispatch(later=False, use_fp8=True, round_scale=True, use_ue8m0=use_ue8m0, **sizes)
     scales = sent.recv_scales
     assert scales is not None and scales.shape == (1, 5 * ranks, 1) and scales.data_ptr() % 16 == 0

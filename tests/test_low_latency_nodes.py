@@ -16,7 +16,7 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from hpc_moe import _C, Buffer, UnavailableError
+from hpc_moe import _C, Buffer, Error, UnavailableError
 from hpc_moe.bootstrap import Group, Topology, connect, number_nodes
 from hpc_moe.config import low_latency_outbox_bytes, minimum_nvl_bytes
 
@@ -78,12 +78,30 @@ class FakeLibrary:
         return 0 if pe in self.unreachable else HERE if pe == self.rank else ELSEWHERE + pe
 
 
+class FakeWorld:
+    """Has queue pairs, unless they fail."""
+
+    def __init__(self, library: FakeLibrary, queue_pairs_fail: bool) -> None:
+        self.library, self._queue_pairs_fail = library, queue_pairs_fail
+        self.abandoned: list[str] = []
+
+    def share_queue_pairs(self, count: int) -> list[int]:
+        if self._queue_pairs_fail:
+            raise Error("no queue pairs left")
+        return list(range(count))
+
+    def abandon(self, why: str) -> None:
+        self.abandoned.append(why)
+
+
 def make_region(
-    comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch, far: Collection[int], unreachable: Collection[int] = ()
+    comm: MPI.Intracomm,
+    monkeypatch: pytest.MonkeyPatch,
+    far: Collection[int],
+    unreachable: Collection[int] = (),
+    world: FakeWorld | None = None,
 ) -> regions.Region:
-    world = SimpleNamespace(
-        library=FakeLibrary(comm.rank, unreachable), share_queue_pairs=lambda count: list(range(count))
-    )
+    world = world or FakeWorld(FakeLibrary(comm.rank, unreachable), queue_pairs_fail=False)
     monkeypatch.setattr(regions, "join", lambda *arguments, **options: world)
     monkeypatch.setattr(regions, "_Memory", lambda address, num_bytes: np.zeros(num_bytes, np.uint8))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
@@ -111,6 +129,21 @@ def test_two_ranks_use_puts_where_one_has_no_pointer(comm: MPI.Intracomm, monkey
     region = make_region(comm, monkeypatch, (), {1} if comm.rank == 0 else ())
     assert region.put_ranks == {0: {1}, 1: {0}}.get(comm.rank, set())
     assert region.queue_pairs == [0, 1, 2]  # also of the others: all ranks create them together
+
+
+@pytest.mark.mpi
+def test_without_puts_there_are_no_queue_pairs(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert make_region(comm, monkeypatch, ()).queue_pairs == []
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_world_with_queue_pairs_on_some_ranks_is_not_used_again(
+    comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = FakeWorld(FakeLibrary(comm.rank), queue_pairs_fail=comm.rank == 1)
+    with pytest.raises(Error, match="no queue pairs left"):
+        make_region(comm, monkeypatch, set(range(comm.size)) - {comm.rank}, world=world)
+    assert len(world.abandoned) == 1
 
 
 # --- what memory that takes ------------------------------------------------------------------------------------------
@@ -184,10 +217,10 @@ def test_a_window_between_nodes_is_refused_on_all_ranks(comm: MPI.Intracomm, low
 
 
 class FakeRuntime:
-    """Of a rank on one of several nodes; notes what it is asked for."""
+    """Notes what it is asked for."""
 
-    def __init__(self, nodes: int) -> None:
-        self.nodes, self.asked = nodes, [""]
+    def __init__(self) -> None:
+        self.asked = [""]
 
     def get_local_device_id(self) -> int:
         return 0
@@ -197,9 +230,6 @@ class FakeRuntime:
 
     def get_local_ipc_handle(self) -> bytes:
         return bytes(64)
-
-    def get_num_rdma_ranks(self) -> int:
-        return self.nodes
 
     def check_peers(self, uuids: list[bytes]) -> None: ...
 
@@ -215,7 +245,7 @@ class FakeRuntime:
 
 @pytest.mark.mpi
 def test_the_bootstrap_asks_for_no_unique_id(comm: MPI.Intracomm) -> None:
-    runtime = FakeRuntime(comm.size)
+    runtime = FakeRuntime()
     connect(Group(comm, 30), lay_out(comm.rank, range(comm.size)), cast(Any, runtime), needs_unique_id=False)
     assert runtime.is_available()
 

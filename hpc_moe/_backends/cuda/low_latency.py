@@ -166,7 +166,7 @@ class LowLatency:
     def join(self, stream: torch.cuda.Stream) -> None:
         """Make a stream, which is not being captured, wait for the last launch, if that was on another one.
 
-        The first time it waits for whatever came behind the launch, too. To record an event behind each launch takes
+        The first time it waits for whatever came behind the launch, too: to record an event behind each launch takes
         time, which is in vain where all are on one stream.
         """
         if self._last_stream is None or self._last_stream == stream:
@@ -408,8 +408,8 @@ class LowLatency:
         got = self.region.num_bytes - _C.LOW_LATENCY_FIXED_BYTES
         if got < needed:
             raise ArgumentError(
-                f"num_rdma_bytes={got} of the buffer is too small: ranks {sorted(self.region.put_ranks)} are reached "
-                f"through the network, which takes {needed} for calls of these sizes"
+                f"num_rdma_bytes of the buffer is too small: ranks {sorted(self.region.put_ranks)} are reached through "
+                f"the network, and of {needed} bytes that this takes for calls of these sizes there are {got}"
             )
 
     # --- combine -------------------------------------------------------------------------------------------------

@@ -114,14 +114,14 @@ class World:
             keep_forever(self)
             raise Error(f"NVSHMEM did not end: {error}") from error
 
-    def abandon(self) -> None:
-        """Never end NVSHMEM, nor start it again: a peer was lost, and all that it does would wait for that one. Local.
+    def abandon(self, why: str = "a rank was lost") -> None:
+        """Never end NVSHMEM, nor start it again: all that it does would wait for a rank that does not come. Local.
 
         In place of `release`; other buffers that share the world may still release it, to no effect.
         """
         if _process.alive is self:
             _process.alive = None
-            _process.ended = _Ended(self.ranks, "a rank was lost")
+            _process.ended = _Ended(self.ranks, why)
         keep_forever(self)
 
 

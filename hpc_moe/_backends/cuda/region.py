@@ -76,8 +76,12 @@ class Region:
         self.put_ranks = puts[group.rank]
         self.queue_pairs: list[int] = []
         if any(puts):  # all ranks take part, also those that put nothing
-            with group.step("creating NVSHMEM queue pairs"), torch.cuda.device(device):
-                self.queue_pairs = self.world.share_queue_pairs(plan_arguments["num_qps_per_rank"])
+            try:
+                with group.step("creating NVSHMEM queue pairs"), torch.cuda.device(device):
+                    self.queue_pairs = self.world.share_queue_pairs(plan_arguments["num_qps_per_rank"])
+            except Exception:  # some ranks have them now, and would not take part when another buffer needs them
+                self.world.abandon("queue pairs could not be created on all ranks")
+                raise
         # Nobody writes to these addresses; but what lies where is computed from them.
         self.addresses = [self._address if r in self.put_ranks else a for r, a in enumerate(self.addresses)]
 
