@@ -10,12 +10,13 @@ import ctypes
 import gc
 import weakref
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 
-from hpc_moe import _C, ArgumentError
+from hpc_moe import _C, ArgumentError, UnavailableError
 from hpc_moe._backends.requests import (
     OPERATIONS,
     LowLatencyCombineForm,
@@ -264,6 +265,16 @@ def test_without_a_window_normal_calls_are_rejected_by_themselves(world: World) 
     for name in ("dispatch", "combine"):
         world.backend.reject(name, ArgumentError("num_nvl_bytes=0"))
     assert world.launches == [] and world.backend.epoch == 0
+
+
+def test_a_normal_call_that_is_refused_for_a_masked_rank_tells_nobody(world: World) -> None:
+    """To tell the others is to wait for all of them; no rank that knows of the mask makes the call."""
+    world.backend.num_nvl_bytes, world.backend.masks = 1 << 20, cast(Any, SimpleNamespace(now=lambda: {1}))
+    for name in ("dispatch", "combine"):
+        world.backend.reject(name, UnavailableError("ranks [1] are masked"))
+    assert world.launches == [] and world.backend.epoch == 0
+    world.backend.reject("low_latency_dispatch", ArgumentError("wrong"))
+    assert world.launches == [("reject dispatch", 0, 1)]
 
 
 def test_results_go_with_their_last_reference(world: World) -> None:
