@@ -36,6 +36,7 @@ from hpc_moe.fp8 import cast_to_fp8, dequantize
 
 GRAPH_CALLS, LOOP_CALLS = 20, 50
 HOST_CALLS, HOST_CALLS_AT_ONCE = 200, 10
+TIMES = {"median_us", "p10_us", "p90_us", "host_us"}  # what is divided by a number of calls
 TAGGED_BYTES = "HPC_MOE_TEST_TAGGED_BYTES"  # up to how many bytes that a rank sends its rows are tagged
 PLAIN, TAGGED = 0, 2**40  # for it: never; wherever there is room
 
@@ -223,10 +224,19 @@ def measure(calls: Calls, more: str = "", graph: bool = True, every_way: bool = 
             bench.measure(f"{name}, graph of {count}", in_graph)
 
 
+def record(calls: Calls, operation: str, times: dict[str, Any], **how: Any) -> dict[str, Any]:
+    """What was measured, in which way, and how long it took."""
+    return {**calls.facts(), **how, **times, **calls.traffic(operation, times["median_us"])}
+
+
+def per_call(times: dict[str, Any], count: int) -> dict[str, Any]:
+    """Times of so many calls as those of one."""
+    return {key: value / count if key in TIMES else value for key, value in times.items()}
+
+
 def eager(calls: Calls, operation: str, call: Call, launch_ahead: bool = True) -> dict[str, Any]:
     """The record of a call that the CPU launches."""
-    times = calls.bench.time(call, launch_ahead)
-    return {**calls.facts(), "launch_ahead": launch_ahead, **times, **calls.traffic(operation, times["median_us"])}
+    return record(calls, operation, calls.bench.time(call, launch_ahead), launch_ahead=launch_ahead)
 
 
 def looped(calls: Calls, operation: str, call: Call) -> dict[str, Any]:
@@ -236,15 +246,8 @@ def looped(calls: Calls, operation: str, call: Call) -> dict[str, Any]:
         for iteration in range(LOOP_CALLS):
             call(iteration)
 
-    times = calls.bench.time(loop, launch_ahead=False)
-    times.update({key: times[key] / LOOP_CALLS for key in ("median_us", "p10_us", "p90_us", "host_us")})
-    return {
-        **calls.facts(),
-        "loop_calls": LOOP_CALLS,
-        "launch_ahead": False,
-        **times,
-        **calls.traffic(operation, times["median_us"]),
-    }
+    times = per_call(calls.bench.time(loop, launch_ahead=False), LOOP_CALLS)
+    return record(calls, operation, times, loop_calls=LOOP_CALLS, launch_ahead=False)
 
 
 def replayed(calls: Calls, operation: str, call: Call, count: int) -> dict[str, Any]:
@@ -252,8 +255,7 @@ def replayed(calls: Calls, operation: str, call: Call, count: int) -> dict[str, 
     graph, _ = captured(call, count)
     times = calls.bench.time(lambda _: graph.replay())
     times["replay_host_us"] = times.pop("host_us")  # of the whole graph
-    times.update({key: times[key] / count for key in ("median_us", "p10_us", "p90_us")})
-    return {**calls.facts(), "graph_calls": count, **times, **calls.traffic(operation, times["median_us"])}
+    return record(calls, operation, per_call(times, count), graph_calls=count)
 
 
 def captured(call: Call, count: int) -> tuple[torch.cuda.CUDAGraph, Any]:

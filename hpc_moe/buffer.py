@@ -568,7 +568,7 @@ class Buffer:
             result = call.backend.low_latency_dispatch(request)
         result.handle._owner, result.handle._form = self, request.form
         recv_x = result.recv_x if result.recv_scales is None else (result.recv_x, result.recv_scales)
-        hook = None if result.receive is None else self._receive(name, result.receive, return_recv_hook)
+        hook = self._receive(name, result.receive, return_recv_hook)
         return recv_x, result.recv_count, result.handle, _REACHED, hook
 
     def low_latency_combine(
@@ -632,11 +632,12 @@ class Buffer:
             backend.check_unreceived(return_recv_hook)
             call.is_checked = True
             combined, receive = backend.low_latency_combine(request)
-        hook = None if receive is None else self._receive(name, receive, return_recv_hook)
-        return combined, _REACHED, hook
+        return combined, _REACHED, self._receive(name, receive, return_recv_hook)
 
-    def _receive(self, name: str, receive: Callable[[], None], later: bool) -> Callable[[], None] | None:
-        """Run the receive half of a call now, or return what runs it later."""
+    def _receive(self, name: str, receive: Callable[[], None] | None, later: bool) -> Callable[[], None] | None:
+        """Run the receive half of a call now, if there is one left, or return what runs it later."""
+        if receive is None:
+            return None
 
         def hook() -> None:
             with self._running(name):

@@ -28,9 +28,7 @@ void require_running(const char* what) {
 }
 
 // What nvshmemx_qp_create has allocated; not to be freed before NVSHMEM's end.
-#if NVSHMEM_VENDOR_VERSION >= 30519
-std::vector<nvshmemx_qp_handle_t*> handle_arrays;
-#endif
+std::vector<void*> handle_arrays;
 
 }  // namespace
 
@@ -103,10 +101,8 @@ void finalize(int device) {
     require_running("finalize");
     choose_device(device);
     nvshmem_finalize();
-#if NVSHMEM_VENDOR_VERSION >= 30519
-    for (nvshmemx_qp_handle_t* array : handle_arrays) std::free(array);
+    for (void* array : handle_arrays) std::free(array);
     handle_arrays.clear();
-#endif
 }
 
 int my_pe() {

@@ -389,12 +389,10 @@ class CudaBackend(Backend):
             has_calls = self.low_latency is not None
         else:
             has_calls = self.num_nvl_bytes > 0 or self.num_ranks == 1
+            # To tell the others is to wait for all of them, and masked ones do not come.
+            has_calls = has_calls and not self._masked_unless_capturing()
         if not has_calls:
             return  # all ranks reject it alike, and there is nothing to tell them through
-        if name not in OPERATIONS[:4]:
-            return
-        if name not in _LOW_LATENCY_OPERATIONS and self._masked_unless_capturing():
-            return  # no rank makes a normal call, and the kernel that tells the others would wait for the masked ones
         self.epoch += 1
         self._tell(name, error, False)
 

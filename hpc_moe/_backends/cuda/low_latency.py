@@ -19,6 +19,7 @@ from ... import _C
 from ...config import low_latency_staging_bytes
 from ...errors import ArgumentError, Error
 from ...handles import LowLatencyHandle
+from ..addresses import address
 from ..requests import (
     LowLatencyCombineRequest,
     LowLatencyDispatchForm,
@@ -113,10 +114,10 @@ class Routing:
     def handle_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`recv_src_idx` and `recv_layout_range` of the handle, in `memory`."""
         (local, rows, _), num_ranks, parts = self.plan.shape, self.plan.num_ranks, self.plan.parts
-        words = self.memory.view(torch.int64)
+        pairs = self.memory[: parts.end // 4].view(torch.int64)
         return (
             self.memory.as_strided((local, rows), (rows, 1), parts.recv_src_idx // 4),
-            words.as_strided((local, num_ranks), (num_ranks, 1), parts.layout_range // 8),
+            pairs.as_strided((local, num_ranks), (num_ranks, 1), parts.layout_range // 8),
         )
 
 
@@ -317,12 +318,12 @@ class LowLatency:
             x.data_ptr(),
             2 * x.stride(0),
             topk_idx.data_ptr(),
-            0 if topk_weights is None else topk_weights.data_ptr(),
+            address(topk_weights),
             result.recv_x.data_ptr(),
-            0 if result.recv_scales is None else result.recv_scales.data_ptr(),
+            address(result.recv_scales),
             routing.memory.data_ptr(),
-            0 if request.recv_stats is None else request.recv_stats.data_ptr(),
-            0 if request.wait_stats is None else request.wait_stats.data_ptr(),
+            address(request.recv_stats),
+            address(request.wait_stats),
         )
         launch = self._backend.runtime.launch_low_latency_dispatch
         if form.return_recv_hook:
@@ -362,7 +363,7 @@ class LowLatency:
             like_rows=torch.empty(0, dtype=torch.float8_e4m3fn if form.use_fp8 else torch.bfloat16, device=x.device),
             num_ranks=num_ranks,
             parts=parts,
-            words=-(-(scales_at + local * columns * rows) // 2) * 2,  # some are read two at a time
+            words=scales_at + local * columns * rows,
             counts=slice(counts, counts + local),
             scales=((local, rows, columns), (columns * rows, 1, rows), scales_at) if form.use_fp8 else None,
             scale_dtype=torch.int32 if form.use_ue8m0 else torch.float32,
@@ -442,7 +443,7 @@ class LowLatency:
             topk_weights.data_ptr(),
             routing.memory.data_ptr(),
             out.data_ptr(),
-            0 if request.wait_stats is None else request.wait_stats.data_ptr(),
+            address(request.wait_stats),
         )
         launch, receive = self._backend.runtime.launch_low_latency_combine, None
         if form.return_recv_hook:
