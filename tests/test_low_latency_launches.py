@@ -396,6 +396,9 @@ def test_normal_calls_and_low_latency_calls_come_behind_each_other(world: World)
     assert first.waited_for == []  # it has waited for the communication stream, as every caller
     world.backend.lane(StreamArguments())
     assert len(world.comm_stream.waited_for) == 1
+    world.backend.lane(StreamArguments(async_finish=True))
+    world.dispatch(later=False)
+    assert first.waited_for == [world.comm_stream]
     world.current = second
     world.dispatch(later=False)
     assert second.waited_for[0] is world.comm_stream

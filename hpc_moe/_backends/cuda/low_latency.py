@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 # Sends of a buffer whose receive half has not run.
 MAX_UNRECEIVED = 2
 _SEND, _RECEIVE = 1, 2
-_ALIGNMENT = 128  # bytes, of the scales behind a routing
 
 
 @dataclass(eq=False)
@@ -52,12 +51,12 @@ class DispatchPlan:
         sizes: M, H and K.
         shape: of `recv_x`.
         like_rows: an empty tensor of the dtype of `recv_x`, on the same device.
+        scales: shape and strides of its scales; None for bf16.
+        like_scales: as `like_rows`.
         num_ranks: R.
         parts: of a routing's memory, in bytes.
-        words: how long that is with the scales behind it, in units of 4 bytes.
-        counts: where in it `recv_count` is, in the same units.
-        scales: shape, strides and place, in the same units, of the scales; None for bf16.
-        scale_dtype: theirs.
+        words: how long that is, in units of 4 bytes.
+        counts: shape, stride and place of `recv_count` in it, in the same units.
         like_memory: as `like_rows`.
     """
 
@@ -68,12 +67,12 @@ class DispatchPlan:
     sizes: tuple[int, int, int]
     shape: tuple[int, int, int]
     like_rows: torch.Tensor
+    scales: tuple[tuple[int, int, int], tuple[int, int, int]] | None
+    like_scales: torch.Tensor
     num_ranks: int
     parts: _C.RoutingParts
     words: int
-    counts: slice
-    scales: tuple[tuple[int, int, int], tuple[int, int, int], int] | None
-    scale_dtype: torch.dtype
+    counts: tuple[tuple[int], tuple[int], int]
     like_memory: torch.Tensor
 
 
@@ -98,15 +97,15 @@ class Routing:
 
     Attributes:
         staging: which of the two staging buffers is this handle's.
-        made_on: the stream that `memory` is of.
-        memory: int32; what came, for the combine's kernel, and small results (`RoutingParts` of csrc/cuda/low_latency.h
-            says what lies where); then the scales of `recv_x`.
+        made_on: the stream that `memory` is of, as CUDA knows it.
+        memory: int32; what came, for the combine's kernel, and small results. `RoutingParts` of csrc/cuda/low_latency.h
+            says what lies where.
         plan: of the dispatch.
         is_received: whether the receive half has been launched.
     """
 
     staging: int
-    made_on: torch.cuda.Stream
+    made_on: int
     memory: torch.Tensor
     plan: DispatchPlan
     is_received: bool = False
@@ -114,7 +113,7 @@ class Routing:
     def handle_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`recv_src_idx` and `recv_layout_range` of the handle, in `memory`."""
         (local, rows, _), num_ranks, parts = self.plan.shape, self.plan.num_ranks, self.plan.parts
-        pairs = self.memory[: parts.end // 4].view(torch.int64)
+        pairs = self.memory.view(torch.int64)
         return (
             self.memory.as_strided((local, rows), (rows, 1), parts.recv_src_idx // 4),
             pairs.as_strided((local, num_ranks), (num_ranks, 1), parts.layout_range // 8),
@@ -132,7 +131,8 @@ class Unreceived:
     Attributes:
         launch: launches that.
         used: what the receive half reads and writes; kept alive here.
-        made_on: the stream that it was sent on, and that `used` is memory of, as far as the library made it.
+        made_on: the stream that it was sent on, and that `used` is memory of, as far as the library made it; as CUDA
+            knows it.
         is_captured: whether the send half is part of a CUDA graph.
         routing: that a dispatch fills.
         is_received: whether the receive half has been launched meanwhile.
@@ -140,7 +140,7 @@ class Unreceived:
 
     launch: Callable[[], None]
     used: tuple[torch.Tensor | None, ...]
-    made_on: torch.cuda.Stream
+    made_on: int
     is_captured: bool
     routing: Routing | None
     is_received: bool = False
@@ -161,6 +161,7 @@ class LowLatency:
         self._current: tuple[int, torch.cuda.Stream] | None = None  # when last asked for
         self._last_stream: torch.cuda.Stream | None = None  # of the last launch, but for captured ones
         self._launched: torch.cuda.Event | None = None  # behind it, once there have been launches on several streams
+        self._settled: int | None = None  # the stream on which the next launch has nothing to wait for or to note
 
     # --- streams -------------------------------------------------------------------------------------------------
 
@@ -170,7 +171,8 @@ class LowLatency:
         The first time it waits for whatever came behind the launch, too: to record an event behind each launch takes
         time, which is in vain where all are on one stream.
         """
-        if self._last_stream is None or self._last_stream == stream:
+        self._settled = None
+        if self._last_stream in (None, stream):
             return
         if self._launched is None:
             self._launched = torch.cuda.Event()
@@ -183,15 +185,21 @@ class LowLatency:
         Under capture there is nothing to join: a graph's own order counts there, and an event from outside cannot be
         waited for.
         """
+        number = current_stream_number(self._backend.device)
+        if number == self._settled:  # nor has anything been on the communication stream since
+            run(*arguments, *more, number)
+            return
         current, is_capturing = self._current_stream(), _is_capturing()
         if not is_capturing:
             self._backend.join_comm_stream(current)
             self.join(current)
-        run(*arguments, *more, current.cuda_stream)
+        run(*arguments, *more, number)
         if not is_capturing:
-            if self._launched is not None:
-                self._launched.record(current)
             self._last_stream = current
+            if self._launched is None:
+                self._settled = number
+            else:
+                self._launched.record(current)
 
     def _current_stream(self) -> torch.cuda.Stream:
         number = current_stream_number(self._backend.device)
@@ -199,11 +207,11 @@ class LowLatency:
             self._current = number, torch.cuda.current_stream(self._backend.device)
         return self._current[1]
 
-    def _lend(self, tensors: Iterable[torch.Tensor | None], made_on: torch.cuda.Stream) -> None:
+    def _lend(self, tensors: Iterable[torch.Tensor | None], made_on: int) -> None:
         """Keep torch from giving this memory away before the current stream is done with what it was given."""
-        current = self._current_stream()
-        if current == made_on or _is_capturing():  # torch keeps a graph's memory
+        if current_stream_number(self._backend.device) == made_on or _is_capturing():  # torch keeps a graph's memory
             return
+        current = self._current_stream()
         for tensor in tensors:
             if tensor is not None and not lies_in_a_window(tensor):
                 tensor.record_stream(current)
@@ -273,7 +281,7 @@ class LowLatency:
         """Launch the send half; returns what launches the other one. `routing`: that it fills."""
         self._launch(launch, arguments, _SEND)
         receive = functools.partial(self._launch, launch, arguments, _RECEIVE)
-        call = Unreceived(receive, used, self._current_stream(), _is_capturing(), routing)
+        call = Unreceived(receive, used, current_stream_number(self._backend.device), _is_capturing(), routing)
         self._unreceived.append(call)
         return lambda: self._receive_up_to(call)
 
@@ -328,7 +336,7 @@ class LowLatency:
         launch = self._backend.runtime.launch_low_latency_dispatch
         if form.return_recv_hook:
             # Not the result itself, which refers to what is returned here: only the garbage collector would free that.
-            results = (result.recv_x, routing.memory)
+            results = (result.recv_x, result.recv_scales, routing.memory)
             given = (topk_idx, topk_weights, request.recv_stats, request.wait_stats)
             result.receive = self._send(launch, arguments, (*results, *given), routing)
         else:
@@ -347,10 +355,8 @@ class LowLatency:
         params.hidden, params.top_k, params.weighted = form.hidden, form.top_k, form.weighted
         params.num_local_experts = local
         params.round_scale, params.use_ue8m0 = form.round_scale, form.use_ue8m0
-        parts = _C.lay_out_routing(params, num_ranks)
-        counts = parts.recv_count // 4
         columns = form.hidden * scale_bytes // 512
-        scales_at = -(-parts.end // _ALIGNMENT) * _ALIGNMENT // 4
+        parts = _C.lay_out_routing(params, num_ranks)
         plan = form.plan = DispatchPlan(
             params=params,
             scale_bytes=scale_bytes,
@@ -361,22 +367,22 @@ class LowLatency:
             sizes=(form.num_max_tokens, form.hidden, form.top_k),
             shape=(local, rows, form.hidden),
             like_rows=torch.empty(0, dtype=torch.float8_e4m3fn if form.use_fp8 else torch.bfloat16, device=x.device),
+            scales=((local, rows, columns), (columns * rows, 1, rows)) if form.use_fp8 else None,
+            like_scales=torch.empty(0, dtype=torch.int32 if form.use_ue8m0 else torch.float32, device=x.device),
             num_ranks=num_ranks,
             parts=parts,
-            words=scales_at + local * columns * rows,
-            counts=slice(counts, counts + local),
-            scales=((local, rows, columns), (columns * rows, 1, rows), scales_at) if form.use_fp8 else None,
-            scale_dtype=torch.int32 if form.use_ue8m0 else torch.float32,
+            words=parts.end // 4,
+            counts=((local,), (1,), parts.recv_count // 4),
             like_memory=torch.empty(0, dtype=torch.int32, device=x.device),
         )
         return plan
 
     def _allocate(self, form: LowLatencyDispatchForm, plan: DispatchPlan) -> LowLatencyDispatchResult:
-        # As few pieces of memory as can be, and without naming a dtype, or a shape as a tuple: all this takes longer
-        # than it looks. (Rows are a piece of their own: they may go while the handle stays.)
+        # Each of these takes longer than it looks, and a view not much less than memory of its own: so few of both, and
+        # no dtype is named. (Rows and scales are their own because they may go while the handle stays, too.)
         recv_x = plan.like_rows.new_empty(*plan.shape)
+        scales = None if plan.scales is None else plan.like_scales.new_empty_strided(*plan.scales)
         memory = plan.like_memory.new_empty(plan.words)
-        scales = None if plan.scales is None else memory.view(plan.scale_dtype).as_strided(*plan.scales)
         handle = LowLatencyHandle(
             form.num_max_tokens,
             form.hidden,
@@ -385,10 +391,10 @@ class LowLatency:
             form.top_k,
             form.weighted,
             _epoch=self._backend.epoch,
-            _backend_state=Routing(self._num_dispatches % 2, self._current_stream(), memory, plan),
+            _backend_state=Routing(self._num_dispatches % 2, current_stream_number(self._backend.device), memory, plan),
         )
         self._num_dispatches += 1
-        return LowLatencyDispatchResult(recv_x, scales, memory[plan.counts], handle, None)
+        return LowLatencyDispatchResult(recv_x, scales, memory.as_strided(*plan.counts), handle, None)
 
     def _check_limits(self, form: LowLatencyDispatchForm) -> None:
         for name, got, most in (
