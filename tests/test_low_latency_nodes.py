@@ -16,7 +16,7 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from hpc_moe import _C, Buffer, Error, UnavailableError
+from hpc_moe import _C, Buffer, Error, PeerTimeoutError, UnavailableError
 from hpc_moe.bootstrap import Group, Topology, connect, number_nodes
 from hpc_moe.config import low_latency_outbox_bytes, minimum_nvl_bytes
 
@@ -69,29 +69,40 @@ class FakeLibrary:
 
     def __init__(self, rank: int, unreachable: Collection[int] = ()) -> None:
         self.rank, self.unreachable = rank, unreachable
-
-    def malloc(self, num_bytes: int) -> int:
-        return HERE
+        self.broken = -1  # a PE
 
     def ptr(self, address: int, pe: int) -> int:
         assert address == HERE
+        if pe == self.broken:
+            raise Error("no such PE")
         return 0 if pe in self.unreachable else HERE if pe == self.rank else ELSEWHERE + pe
 
 
 class FakeWorld:
-    """Has queue pairs, unless they fail."""
+    """Notes what becomes of it."""
 
-    def __init__(self, library: FakeLibrary, queue_pairs_fail: bool) -> None:
-        self.library, self._queue_pairs_fail = library, queue_pairs_fail
-        self.abandoned: list[str] = []
+    def __init__(self, library: FakeLibrary) -> None:
+        self.library = library
+        self.calls: list[str] = []
 
-    def share_queue_pairs(self, count: int) -> list[int]:
-        if self._queue_pairs_fail:
-            raise Error("no queue pairs left")
+    def malloc(self, group: Group, num_bytes: int) -> int:
+        return HERE
+
+    def free(self, group: Group, address: int) -> None:
+        assert address == HERE
+        self.calls.append("free")
+
+    def share_queue_pairs(self, group: Group, count: int) -> list[int]:
         return list(range(count))
 
-    def abandon(self, why: str) -> None:
-        self.abandoned.append(why)
+    def leave(self) -> None:
+        self.calls.append("leave")
+
+    def release(self, group: Group) -> None:
+        self.calls.append("release")
+
+    def abandon(self) -> None:
+        self.calls.append("abandon")
 
 
 def make_region(
@@ -101,10 +112,9 @@ def make_region(
     unreachable: Collection[int] = (),
     world: FakeWorld | None = None,
 ) -> regions.Region:
-    world = world or FakeWorld(FakeLibrary(comm.rank, unreachable), queue_pairs_fail=False)
+    world = world or FakeWorld(FakeLibrary(comm.rank, unreachable))
     monkeypatch.setattr(regions, "join", lambda *arguments, **options: world)
     monkeypatch.setattr(regions, "_Memory", lambda address, num_bytes: np.zeros(num_bytes, np.uint8))
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     return regions.Region(Group(comm, 30), torch.device("cpu"), 4096, far, num_qps_per_rank=3)
 
 
@@ -137,13 +147,28 @@ def test_without_puts_there_are_no_queue_pairs(comm: MPI.Intracomm, monkeypatch:
 
 
 @pytest.mark.mpi(min_size=2)
-def test_a_world_with_queue_pairs_on_some_ranks_is_not_used_again(
+def test_a_region_that_fails_on_a_rank_gives_its_memory_back(
     comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = FakeWorld(FakeLibrary(comm.rank), queue_pairs_fail=comm.rank == 1)
-    with pytest.raises(Error, match="no queue pairs left"):
-        make_region(comm, monkeypatch, set(range(comm.size)) - {comm.rank}, world=world)
-    assert len(world.abandoned) == 1
+    world = FakeWorld(FakeLibrary(comm.rank))
+    if comm.rank == 1:
+        world.library.broken = 0
+    with pytest.raises(Error, match=r"on rank 1: no such PE"):
+        make_region(comm, monkeypatch, (), world=world)
+    assert world.calls == ["free", "leave"]
+
+
+@pytest.mark.mpi
+def test_a_region_ends_with_its_world_and_stays_where_a_rank_is_missed(
+    comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = FakeWorld(FakeLibrary(comm.rank))
+    region = make_region(comm, monkeypatch, (), world=world)
+    region.free()
+    assert world.calls == ["free", "release"]
+    with pytest.raises(PeerTimeoutError), region.freed_on_error():
+        raise PeerTimeoutError("nobody came")
+    assert world.calls[2:] == ["abandon"]
 
 
 # --- what memory that takes ------------------------------------------------------------------------------------------
@@ -163,7 +188,10 @@ def test_room_for_outboxes_comes_on_top(
     def make_region(group: Any, device: Any, num_bytes: int, far_ranks: set[int], **network: Any) -> Any:
         asked.append((num_bytes, far_ranks))
         world = SimpleNamespace(library=library)
-        return SimpleNamespace(addresses=[0] * 4, num_bytes=num_bytes, put_ranks=far_ranks, queue_pairs=[], world=world)
+        return SimpleNamespace(
+            addresses=[0] * 4, num_bytes=num_bytes, put_ranks=far_ranks, queue_pairs=[], world=world,
+            freed_on_error=contextlib.nullcontext,
+        )  # fmt: skip
 
     monkeypatch.setattr(backends, "Region", make_region)
     backend = backends.CudaBackend.__new__(backends.CudaBackend)

@@ -61,7 +61,8 @@ def test_a_unique_id_needs_no_gpu() -> None:
 
 
 @pytest.mark.parametrize(
-    "call", ["my_pe()", "n_pes()", "malloc(8)", "free(0)", "create_queue_pairs(1)", "ptr(0, 0)", "finalize(-1)"]
+    "call",
+    ["my_pe()", "n_pes()", "malloc(8, -1)", "free(0, -1)", "create_queue_pairs(1, -1)", "ptr(0, 0)", "finalize(-1)"],
 )
 def test_what_would_end_the_process_before_the_start_is_an_exception(call: str) -> None:
     script = f"try:\n n.{call}\nexcept RuntimeError as error:\n print(error)"

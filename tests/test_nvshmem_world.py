@@ -30,8 +30,10 @@ class FakeLibrary:
         self.calls: list[tuple[Any, ...]] = []
         self.running = False
         self.num_queue_pairs = 0
+        self.room = 1000  # bytes of symmetric memory
         self.seen: dict[str, str] = {}
         self.on_init: Callable[[], None] = lambda: None
+        self.on_memory: Callable[[], None] = lambda: None
 
     def built_version(self) -> Version:
         return self.built
@@ -63,8 +65,24 @@ class FakeLibrary:
         self.calls.append(("finalize", device))
         self.running = False
 
-    def create_queue_pairs(self, count: int) -> list[int]:
-        self.calls.append(("create_queue_pairs", count))
+    def malloc(self, num_bytes: int, device: int) -> int:
+        self.calls.append(("malloc", num_bytes, device))
+        self.on_memory()
+        return 4096 if num_bytes <= self.room else 0
+
+    def free(self, address: int, device: int) -> None:
+        self.calls.append(("free", address, device))
+        self.on_memory()
+
+    def ptr(self, address: int, pe: int) -> int:
+        return address
+
+    def low_latency_launchers(self) -> int:
+        return 0
+
+    def create_queue_pairs(self, count: int, device: int) -> list[int]:
+        self.calls.append(("create_queue_pairs", count, device))
+        self.on_memory()
         self.num_queue_pairs += count
         return list(range(100 + self.num_queue_pairs - count, 100 + self.num_queue_pairs))
 
@@ -172,9 +190,55 @@ def test_it_starts_once_and_ends_with_the_last_buffer(comm: MPI.Intracomm, libra
 
 @pytest.mark.mpi
 def test_buffers_share_queue_pairs(comm: MPI.Intracomm, library: FakeLibrary) -> None:
-    world = join_all(Group(comm, 30), library)
-    assert [world.share_queue_pairs(count) for count in (2, 1, 3)] == [[100, 101], [100], [100, 101, 102]]
-    assert library.calls[-2:] == [("create_queue_pairs", 2), ("create_queue_pairs", 1)]
+    group = Group(comm, 30)
+    world = join_all(group, library)
+    assert [world.share_queue_pairs(group, count) for count in (2, 1, 3)] == [[100, 101], [100], [100, 101, 102]]
+    assert library.calls[-2:] == [("create_queue_pairs", 2, 3), ("create_queue_pairs", 1, 3)]
+
+
+@pytest.mark.mpi
+def test_where_no_rank_has_room_a_smaller_buffer_can_have_the_world(comm: MPI.Intracomm, library: FakeLibrary) -> None:
+    group = Group(comm, 30)
+    world = join_all(group, library)
+    message = refused(BootstrapError, lambda: world.malloc(group, 2000))
+    assert "no room for 2000 bytes" in message and "num_rdma_bytes" in message and f"{comm.size - 1}" in message
+    world.leave()
+    assert library.running and join_all(group, library) is world and world.references == 1
+    assert world.malloc(group, 1000) == 4096
+    world.free(group, 4096)
+    world.release(group)
+    assert library.calls[-2:] == [("free", 4096, 3), ("finalize", 3)]
+
+
+@pytest.mark.mpi(min_size=2)
+def test_where_some_ranks_have_room_the_world_is_not_used_again(comm: MPI.Intracomm, library: FakeLibrary) -> None:
+    group = Group(comm, 30)
+    world = join_all(group, library)
+    if comm.rank == 1:
+        library.room = 0
+    assert "failed on rank 1:" in refused(BootstrapError, lambda: world.malloc(group, 8))
+    world.free(group, 4096)  # to no effect
+    assert library.calls[-1][0] == "malloc"
+    assert "some ranks had no room" in refused(UnavailableError, lambda: join_all(group, library))
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("call", ["malloc", "free", "share_queue_pairs"])
+def test_what_a_rank_fails_in_holds_nobody_up_for_ever(comm: MPI.Intracomm, library: FakeLibrary, call: str) -> None:
+    """As in NVSHMEM, where the others wait for it; and they are given up together."""
+    group = Group(comm, 4)
+    world = join_all(group, library)
+
+    def fail() -> None:
+        if comm.rank > 0:
+            time.sleep(20)
+        raise RuntimeError("no driver")
+
+    library.on_memory = fail
+    start = time.monotonic()
+    message = refused(BootstrapError, lambda: getattr(world, call)(group, 8))
+    assert "on rank 0" in message and "no driver" in message and time.monotonic() - start < 10
+    assert "failed on some rank" in refused(UnavailableError, lambda: join_all(group, library))
 
 
 @pytest.mark.mpi

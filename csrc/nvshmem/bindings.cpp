@@ -55,10 +55,12 @@ void bind_world(py::module_& module) {
     module.def("my_pe", &my_pe);
     module.def("n_pes", &n_pes);
     module.def(
-        "malloc", [](size_t num_bytes) { return reinterpret_cast<uintptr_t>(malloc(num_bytes)); }, py::arg("num_bytes"),
-        ReleaseGil());
-    module.def("free", [](uintptr_t address) { free(at<void>(address)); }, py::arg("address"), ReleaseGil());
-    module.def("create_queue_pairs", &create_queue_pairs, py::arg("count"), ReleaseGil());
+        "malloc", [](size_t num_bytes, int device) { return reinterpret_cast<uintptr_t>(malloc(num_bytes, device)); },
+        py::arg("num_bytes"), py::arg("device"), ReleaseGil());
+    module.def(
+        "free", [](uintptr_t address, int device) { free(at<void>(address), device); }, py::arg("address"),
+        py::arg("device"), ReleaseGil());
+    module.def("create_queue_pairs", &create_queue_pairs, py::arg("count"), py::arg("device"), ReleaseGil());
     module.def(
         "ptr", [](uintptr_t address, int pe) { return reinterpret_cast<uintptr_t>(ptr(at<void>(address), pe)); },
         py::arg("address"), py::arg("pe"));

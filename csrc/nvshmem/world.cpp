@@ -115,23 +115,21 @@ int n_pes() {
     return nvshmem_n_pes();
 }
 
-void* malloc(size_t num_bytes) {
+void* malloc(size_t num_bytes, int device) {
     require_running("malloc");
-    void* memory = nvshmem_malloc(num_bytes);
-    if (!memory && num_bytes > 0) {
-        throw std::runtime_error("nvshmem_malloc found no room for " + std::to_string(num_bytes) +
-                                 " bytes in the symmetric heap");
-    }
-    return memory;
+    choose_device(device);
+    return nvshmem_malloc(num_bytes);
 }
 
-void free(void* memory) {
+void free(void* memory, int device) {
     require_running("free");
+    choose_device(device);
     nvshmem_free(memory);
 }
 
-std::vector<int> create_queue_pairs([[maybe_unused]] int count) {
+std::vector<int> create_queue_pairs([[maybe_unused]] int count, int device) {
     require_running("create_queue_pairs");
+    choose_device(device);
 #if NVSHMEM_VENDOR_VERSION >= 30519
     nvshmemx_qp_handle_t* handles = nullptr;
     const int status = nvshmemx_qp_create(count, &handles);

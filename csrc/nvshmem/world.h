@@ -44,17 +44,18 @@ bool is_running();
 // Ends it. Collective over all PEs, blocks until all have come, without a limit. device: as for `init`.
 void finalize(int device);
 
-// --- while it runs; each throws if it does not
+// --- while it runs; each throws if it does not. device: as for `init`
 
 int my_pe();
 int n_pes();
-// Symmetric memory, of the same size on all PEs. Collective over all of them.
-void* malloc(size_t num_bytes);
-void free(void* memory);
+// Symmetric memory, of the same size on all PEs; null where there is no room. Collective over all PEs, blocks until all
+// have come, without a limit.
+void* malloc(size_t num_bytes, int device);
+void free(void* memory, int device);
 // Handles of queue pairs for the kernels that put, each of which serves all PEs; none if this is before NVSHMEM 3.5.19.
 // They last until its end: there is no call that gives them back. Where they would be of no use, between peers on
-// NVLink for one, all are NVSHMEM's default. Collective over all PEs, with the same count.
-std::vector<int> create_queue_pairs(int count);
+// NVLink for one, all are NVSHMEM's default. Collective over all PEs, with the same count; blocks as `malloc` does.
+std::vector<int> create_queue_pairs(int count, int device);
 // Where this process sees the memory that `memory` is on another PE, null if it can be reached through the network
 // only.
 void* ptr(const void* memory, int pe);

@@ -183,13 +183,13 @@ class CudaBackend(Backend):
         num_bytes = _C.LOW_LATENCY_FIXED_BYTES + self.num_rdma_bytes + outboxes
         region = Region(self.group, self.device, num_bytes, far, **network)
         most_tagged_bytes = int(os.environ.get(_TAGGED_BYTES_VARIABLE, "-1"))
-        with self.group.step("preparing low-latency calls"):  # all have cleared theirs when it ends
+        # All ranks have cleared theirs when this ends.
+        with region.freed_on_error(), self.group.step("preparing low-latency calls"):
             self.runtime.set_regions(region.addresses, region.num_bytes, most_tagged_bytes, enable_shrink)
             if region.put_ranks:
-                library: Any = region.world.library
                 bits = sum(1 << r for r in region.put_ranks)
                 pes = list(range(self.num_ranks))
-                self.runtime.set_puts(bits, pes, region.queue_pairs, library.low_latency_launchers())
+                self.runtime.set_puts(bits, pes, region.queue_pairs, region.world.library.low_latency_launchers())
         if enable_shrink:
             self.masks = Masks(self)
         return region
@@ -499,7 +499,12 @@ class CudaBackend(Backend):
             return False
         pending = self._take_pending()
         if self.low_latency is not None:
-            self.low_latency.region.free()
+            try:
+                self.low_latency.region.free()
+            except Error as error:  # a rank went meanwhile, or NVSHMEM failed
+                warnings.warn(f"Buffer.destroy on rank {self.rank}: {error}", RuntimeWarning, 3)
+                self.abandon()
+                return False
         self.runtime.free()
         self.pool = None  # its tensors keep the window, as long as they live
         self.group.comm.Free()

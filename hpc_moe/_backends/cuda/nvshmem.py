@@ -17,7 +17,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from mpi4py import MPI
 
@@ -51,9 +51,14 @@ class Library(Protocol):
     def init(self, unique_id: bytes, pe: int, num_pes: int, device: int) -> None: ...
     def is_running(self) -> bool: ...
     def finalize(self, device: int) -> None: ...
-    def create_queue_pairs(self, count: int) -> list[int]: ...
+    def malloc(self, num_bytes: int, device: int) -> int: ...
+    def free(self, address: int, device: int) -> None: ...
+    def create_queue_pairs(self, count: int, device: int) -> list[int]: ...
+    def ptr(self, address: int, pe: int) -> int: ...
+    def low_latency_launchers(self) -> int: ...
 
 
+T = TypeVar("T")
 PlanMaker = Callable[[nvshmem_env.Version, Mapping[str, str]], nvshmem_env.Plan]
 
 
@@ -62,7 +67,7 @@ class World:
     """NVSHMEM running on some ranks.
 
     Attributes:
-        library: to call it with; `device` must be the current one.
+        library: to call it with.
         ranks: the rank in MPI.COMM_WORLD of every PE.
         pe: this rank's place among them.
         device: the index of this rank's GPU.
@@ -79,15 +84,65 @@ class World:
     references: int = 1
     queue_pairs: list[int] = field(default_factory=list)
 
-    def share_queue_pairs(self, count: int) -> list[int]:
+    def malloc(self, group: Group, num_bytes: int) -> int:
+        """The address of symmetric memory. Collective over the group that joined, with the same size.
+
+        Raises:
+            BootstrapError: a rank has no room; or, with NVSHMEM, something failed, and then the world is abandoned.
+            PeerTimeoutError: a rank did not come. The world is abandoned.
+        """
+        name = "allocating symmetric memory"
+        address = self._together(group, name, lambda: self.library.malloc(num_bytes, self.device))
+        is_there = group.exchange(name, 1, lambda: bytes([address != 0]))
+        without = [rank for rank, there in enumerate(is_there) if there == b"\0"]
+        if not without:
+            return address
+        if len(without) < group.size:
+            self.abandon("some ranks had no room for symmetric memory, and others did")
+        raise BootstrapError(
+            f"Buffer: {name} failed on rank {_list(without)}: the GPU, or NVSHMEM's symmetric heap, has no room for "
+            f"{num_bytes} bytes (num_rdma_bytes, and some more for the library)"
+        )
+
+    def free(self, group: Group, address: int) -> None:
+        """Give symmetric memory back. Collective over the group that joined; no kernel may use it any more.
+
+        That of an abandoned world stays allocated.
+
+        Raises:
+            BootstrapError, PeerTimeoutError: as for `malloc`.
+        """
+        if _process.alive is self:
+            self._together(group, "freeing symmetric memory", lambda: self.library.free(address, self.device))
+
+    def share_queue_pairs(self, group: Group, count: int) -> list[int]:
         """Handles of queue pairs for kernels that put; none with a version in which NVSHMEM chooses them itself.
 
-        Collective, with the same count; `device` must be the current one. Buffers share them, for they cannot be given
-        back before NVSHMEM ends.
+        Collective over the group that joined, with the same count. Buffers share them, for they cannot be given back
+        before NVSHMEM ends.
+
+        Raises:
+            BootstrapError, PeerTimeoutError: as for `malloc`.
         """
-        if len(self.queue_pairs) < count:
-            self.queue_pairs += self.library.create_queue_pairs(count - len(self.queue_pairs))
+        more = count - len(self.queue_pairs)
+        if more > 0:
+            self.queue_pairs += self._together(
+                group, "creating NVSHMEM queue pairs", lambda: self.library.create_queue_pairs(more, self.device)
+            )
         return self.queue_pairs[:count]
+
+    def _together(self, group: Group, name: str, function: Callable[[], T]) -> T:
+        """Call a function of NVSHMEM that waits for all PEs, and vote on it.
+
+        Where it fails, on this rank or on another, the world is abandoned: some ranks have what others have not, and
+        some may be waiting in it still.
+        """
+        try:
+            with group.step(name):
+                return _call(function, _SHARE_OF_LIMIT * group.limit)
+        except Exception:
+            self.abandon(f"{name} failed on some rank")
+            raise
 
     def release(self, group: Group) -> None:
         """Let go of it; the last one ends NVSHMEM. Collective over the group that joined.
@@ -113,6 +168,13 @@ class World:
             _process.ended = _Ended(self.ranks, "it failed to end")
             keep_forever(self)
             raise Error(f"NVSHMEM did not end: {error}") from error
+
+    def leave(self) -> None:
+        """Let go of it in place of `release`, but do not end NVSHMEM: it could not be started again. Local.
+
+        For a buffer that could not be made: its user may try again, with less memory.
+        """
+        self.references -= 1
 
     def abandon(self, why: str = "a rank was lost") -> None:
         """Never end NVSHMEM, nor start it again: all that it does would wait for a rank that does not come. Local.
@@ -388,16 +450,17 @@ def _advice(said: list[str]) -> str:
     )
 
 
-def _call(function: Callable[[], None], limit: float) -> None:
-    """Call it, in a thread of its own; raise if it has not returned within `limit` seconds.
+def _call(function: Callable[[], T], limit: float) -> T:
+    """What it returns, called in a thread of its own; raise if it has not returned within `limit` seconds.
 
-    NVSHMEM's start and end wait for all PEs and know no limit. A call that is given up stays where it is.
+    Much of NVSHMEM waits for all PEs and knows no limit. A call that is given up stays where it is.
     """
+    results: list[T] = []
     errors: list[Exception] = []
 
     def run() -> None:
         try:
-            function()
+            results.append(function())
         except Exception as error:
             errors.append(error)
 
@@ -408,6 +471,7 @@ def _call(function: Callable[[], None], limit: float) -> None:
         raise Error(f"it did not return within {limit:g} s; a rank may have failed, or cannot be reached")
     if errors:
         raise errors[0]
+    return results[0]
 
 
 @contextlib.contextmanager

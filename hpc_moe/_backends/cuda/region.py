@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 
 from ... import nvshmem_env
 from ...bootstrap import Group, Topology
+from ...errors import PeerTimeoutError
 from .nvshmem import World, join
 
 # Test-only: "1" has all peers reached by puts, also over NVLink.
@@ -63,25 +65,21 @@ class Region:
             fabric = nvshmem_env.detect_fabric(nvshmem_version=version, environ=environ)
             return nvshmem_env.plan(environ=environ, fabric=fabric, low_latency_mode=True, **plan_arguments)
 
-        self._group, self._device, self.num_bytes = group, device, num_bytes
-        self.world: World = join(group, range(group.size), device=device.index, make_plan=make_plan)
-        library: Any = self.world.library
-        with group.step("allocating symmetric memory"), torch.cuda.device(device):
-            self._address: int = library.malloc(num_bytes)
-        with group.step("looking for the peers' symmetric memory"):
-            self.addresses = [library.ptr(self._address, pe) for pe in range(group.size)]
-            # Now, not when it is first asked for: that may be under graph capture.
-            self._memory: torch.Tensor | None = torch.as_tensor(_Memory(self._address, num_bytes), device=device)
-        puts = self._find_puts(far_ranks)
-        self.put_ranks = puts[group.rank]
+        self._group, self.num_bytes = group, num_bytes
+        self._address = 0
+        self._memory: torch.Tensor | None = None
         self.queue_pairs: list[int] = []
-        if any(puts):  # all ranks take part, also those that put nothing
-            try:
-                with group.step("creating NVSHMEM queue pairs"), torch.cuda.device(device):
-                    self.queue_pairs = self.world.share_queue_pairs(plan_arguments["num_qps_per_rank"])
-            except Exception:  # some ranks have them now, and would not take part when another buffer needs them
-                self.world.abandon("queue pairs could not be created on all ranks")
-                raise
+        self.world: World = join(group, range(group.size), device=device.index, make_plan=make_plan)
+        with self.freed_on_error():
+            self._address = self.world.malloc(group, num_bytes)
+            with group.step("looking for the peers' symmetric memory"):
+                self.addresses = [self.world.library.ptr(self._address, pe) for pe in range(group.size)]
+                # Now, not when it is first asked for: that may be under graph capture.
+                self._memory = torch.as_tensor(_Memory(self._address, num_bytes), device=device)
+            puts = self._find_puts(far_ranks)
+            if any(puts):  # all ranks take part, also those that put nothing
+                self.queue_pairs = self.world.share_queue_pairs(group, plan_arguments["num_qps_per_rank"])
+        self.put_ranks = puts[group.rank]
         # Nobody writes to these addresses; but what lies where is computed from them.
         self.addresses = [self._address if r in self.put_ranks else a for r, a in enumerate(self.addresses)]
 
@@ -98,12 +96,32 @@ class Region:
         return self._memory
 
     def free(self) -> None:
-        """Let go of it. Collective; no kernel may use it any more."""
-        library: Any = self.world.library
-        self._memory = None
-        with torch.cuda.device(self._device):
-            library.free(self._address)
+        """Let go of it. Collective; no kernel may use it any more.
+
+        Raises:
+            Error: NVSHMEM did not free it, or did not end.
+            PeerTimeoutError: a rank did not come.
+        """
+        self._give_back()
         self.world.release(self._group)
+
+    def _give_back(self) -> None:
+        self._memory = None
+        if self._address:
+            self.world.free(self._group, self._address)
+
+    @contextlib.contextmanager
+    def freed_on_error(self) -> Iterator[None]:
+        """Free it if the block raises, which it does on all ranks or on none, but where a rank did not come."""
+        try:
+            yield
+        except PeerTimeoutError:
+            self.abandon()
+            raise
+        except Exception:
+            self._give_back()
+            self.world.leave()
+            raise
 
     def abandon(self) -> None:
         """Never free it: a peer was lost. Local."""
