@@ -177,7 +177,7 @@ def plan(
     warnings = list(fabric.notes)
     transport = _transport(environ, warnings)
     ibgda = _ibgda(environ, fabric, transport.value, warnings)
-    uses_ibgda = ibgda.value is not None and _parse_bool(ibgda.name, ibgda.value)
+    uses_ibgda = ibgda.value is not None and parse_bool(ibgda.name, ibgda.value)
     unused = "" if uses_ibgda else "; not used without IBGDA"
     settings = (
         transport,
@@ -337,7 +337,7 @@ def _transport(environ: Mapping[str, str], warnings: list[str]) -> Setting:
 def _ibgda(environ: Mapping[str, str], fabric: Fabric, transport: str | None, warnings: list[str]) -> Setting:
     name = "NVSHMEM_IB_ENABLE_IBGDA"
     user = environ.get(name)
-    wanted = user is not None and _parse_bool(name, user)
+    wanted = user is not None and parse_bool(name, user)
     if transport is not None and transport.lower() != _DEFAULT_TRANSPORT:
         why = f"NVSHMEM_REMOTE_TRANSPORT={transport} was asked for, and IBGDA would replace it"
         return _forced(name, "0", user, why, warnings) if wanted else _chosen(name, "0", user, why)
@@ -371,7 +371,7 @@ def _nic_handler(
 def _num_rc_per_pe(environ: Mapping[str, str], num_qps_per_rank: int, unused: str) -> Setting:
     name = "NVSHMEM_IBGDA_NUM_RC_PER_PE"
     user = environ.get(name)
-    if user is not None and _parse_int(name, user) < 0:
+    if user is not None and parse_int(name, user) < 0:
         raise ArgumentError(f"{name} must not be negative; got {user!r}")
     why = "queue pairs per peer (num_qps_per_rank): parallel sends"
     return _chosen(name, str(num_qps_per_rank), user, why + unused)
@@ -382,7 +382,7 @@ def _qp_depth(environ: Mapping[str, str], uses_ibgda: bool, warnings: list[str])
     user = environ.get(name)
     why = "slots for requests in flight"
     if user is not None:
-        depth = _parse_int(name, user)
+        depth = parse_int(name, user)
         if depth < 1:
             raise ArgumentError(f"{name} must be positive; got {user!r}")
         rounded = 1 << (depth - 1).bit_length()
@@ -399,7 +399,7 @@ def _disable_p2p(environ: Mapping[str, str], pure_rdma: bool, warnings: list[str
     name = "NVSHMEM_DISABLE_P2P"
     user = environ.get(name)
     value, why = ("1", "pure RDMA: allow_nvlink_for_low_latency_mode=False") if pure_rdma else ("0", "NVLink is used")
-    if user is not None and _parse_bool(name, user) != pure_rdma:
+    if user is not None and parse_bool(name, user) != pure_rdma:
         broken = (
             "allow_nvlink_for_low_latency_mode=False asks for pure RDMA; pass True to use NVLink"
             if pure_rdma
@@ -414,7 +414,7 @@ def _cumem_granularity(environ: Mapping[str, str], warnings: list[str]) -> Setti
     name = "NVSHMEM_CUMEM_GRANULARITY"
     user = environ.get(name)
     if user is not None:
-        size = _parse_size(name, user)
+        size = parse_size(name, user)
         if size < _CUMEM_GRANULARITY_MIN:
             broken = "NVSHMEM's own start needs at least 256 MiB in one piece"
             return _forced(name, str(CUMEM_GRANULARITY), user, broken, warnings)
@@ -429,7 +429,7 @@ def _max_teams(environ: Mapping[str, str], version: Version | None, warnings: li
     user = environ.get(name)
     own = default_teams(version)
     shown = "(of unknown version)" if version is None else ".".join(map(str, version))
-    if user is not None and _parse_int(name, user) < own + 1:
+    if user is not None and parse_int(name, user) < own + 1:
         broken = f"NVSHMEM {shown} makes {own} teams for itself, and one more is needed"
         return _forced(name, str(own + 1), user, broken, warnings)
     return _chosen(name, str(own + 1), user, f"the {own} teams of NVSHMEM {shown} and one more: less GPU memory")
@@ -439,14 +439,14 @@ def _disable_nvls(environ: Mapping[str, str]) -> Setting:
     name = "NVSHMEM_DISABLE_NVLS"
     user = environ.get(name)
     if user is not None:
-        _parse_bool(name, user)
+        parse_bool(name, user)
     return _chosen(name, "1", user, "NVLink multicast is not used here")
 
 
 def _disable_mnnvl(environ: Mapping[str, str], allow_mnnvl: bool, warnings: list[str]) -> Setting:
     name = "NVSHMEM_DISABLE_MNNVL"
     user = environ.get(name)
-    if user is not None and _parse_bool(name, user) and allow_mnnvl:
+    if user is not None and parse_bool(name, user) and allow_mnnvl:
         warnings.append(f"{name}={user} was kept, so allow_mnnvl=True has no effect")
     return _chosen(name, "0" if allow_mnnvl else "1", user, f"NVLink between nodes: allow_mnnvl={allow_mnnvl}")
 
@@ -472,7 +472,8 @@ def _forced(name: str, value: str, user: str | None, why: str, warnings: list[st
 # --- values ----------------------------------------------------------------------------------------------------------
 
 
-def _parse_bool(name: str, text: str) -> bool:
+def parse_bool(name: str, text: str) -> bool:
+    """A variable's value as NVSHMEM takes it. Raises `ArgumentError` for a word that it would take in another sense."""
     word = text.strip().lower()
     if word in _FALSE_WORDS:
         return False
@@ -484,7 +485,8 @@ def _parse_bool(name: str, text: str) -> bool:
     )
 
 
-def _parse_int(name: str, text: str) -> int:
+def parse_int(name: str, text: str) -> int:
+    """A variable's value as NVSHMEM takes it. Raises `ArgumentError` if it is no integer."""
     # NVSHMEM reads these with strtol(..., 0): decimal, 0x hexadecimal or 0 octal, and ignores what follows; we don't.
     word = text.strip()
     try:
@@ -493,7 +495,8 @@ def _parse_int(name: str, text: str) -> int:
         raise ArgumentError(f"{name} must be an integer; got {text!r}") from None
 
 
-def _parse_size(name: str, text: str) -> int:
+def parse_size(name: str, text: str) -> int:
+    """A variable's value, in bytes, as NVSHMEM takes it. Raises `ArgumentError` if it is none."""
     # NVSHMEM's sizes: a number, and at most one letter k, m, g or t for a power of 1024.
     match = re.fullmatch(r"(\d+\.?\d*|\.\d+)([kmgtKMGT]?)", text.strip())
     if match is None:

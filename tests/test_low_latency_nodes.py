@@ -7,7 +7,7 @@ in test_cuda_low_latency.py and test_properties_low_latency.py.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -85,7 +85,7 @@ class FakeWorld:
         self.library = library
         self.calls: list[str] = []
 
-    def malloc(self, group: Group, num_bytes: int) -> int:
+    def malloc(self, group: Group, num_bytes: int, get_free_bytes: Callable[[], int]) -> int:
         return HERE
 
     def free(self, group: Group, address: int) -> None:

@@ -51,10 +51,10 @@ class Option:
         if self.kind == "string":
             return self.value == text
         if self.kind == "bool":
-            return self.value == ("true" if nvshmem_env._parse_bool("", text) else "false")
+            return self.value == ("true" if nvshmem_env.parse_bool("", text) else "false")
         if self.kind == "size":
-            return int(self.value) == nvshmem_env._parse_size("", text)
-        return int(self.value) == nvshmem_env._parse_int("", text)
+            return int(self.value) == nvshmem_env.parse_size("", text)
+        return int(self.value) == nvshmem_env.parse_int("", text)
 
 
 def printed_options(text: str) -> dict[str, Option]:

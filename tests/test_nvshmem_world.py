@@ -30,7 +30,7 @@ class FakeLibrary:
         self.calls: list[tuple[Any, ...]] = []
         self.running = False
         self.num_queue_pairs = 0
-        self.room = 1000  # bytes of symmetric memory
+        self.address = 4096  # of the next piece of symmetric memory
         self.seen: dict[str, str] = {}
         self.on_init: Callable[[], None] = lambda: None
         self.on_memory: Callable[[], None] = lambda: None
@@ -68,7 +68,7 @@ class FakeLibrary:
     def malloc(self, num_bytes: int, device: int) -> int:
         self.calls.append(("malloc", num_bytes, device))
         self.on_memory()
-        return 4096 if num_bytes <= self.room else 0
+        return self.address
 
     def free(self, address: int, device: int) -> None:
         self.calls.append(("free", address, device))
@@ -197,29 +197,50 @@ def test_buffers_share_queue_pairs(comm: MPI.Intracomm, library: FakeLibrary) ->
 
 
 @pytest.mark.mpi
-def test_where_no_rank_has_room_a_smaller_buffer_can_have_the_world(comm: MPI.Intracomm, library: FakeLibrary) -> None:
+def test_where_a_rank_has_no_room_a_smaller_buffer_can_have_the_world(
+    comm: MPI.Intracomm, library: FakeLibrary
+) -> None:
+    """NVSHMEM is not asked: it would end the process."""
     group = Group(comm, 30)
     world = join_all(group, library)
-    message = refused(BootstrapError, lambda: world.malloc(group, 2000))
-    assert "no room for 2000 bytes" in message and "num_rdma_bytes" in message and f"{comm.size - 1}" in message
+    last = comm.size - 1
+    free = 2**30 if comm.rank == last else 2**40
+    message = refused(BootstrapError, lambda: world.malloc(group, 2**31, lambda: free))
+    assert f"on rank {last}" in message and f"no room for {2**31} bytes" in message
+    assert "num_rdma_bytes" in message and "empty_cache" in message
     world.leave()
-    assert library.running and join_all(group, library) is world and world.references == 1
-    assert world.malloc(group, 1000) == 4096
+    assert library.calls[-1][0] == "init" and join_all(group, library) is world and world.references == 1
+    assert world.malloc(group, 1000, lambda: free) == 4096
     world.free(group, 4096)
     world.release(group)
     assert library.calls[-2:] == [("free", 4096, 3), ("finalize", 3)]
 
 
-@pytest.mark.mpi(min_size=2)
-def test_where_some_ranks_have_room_the_world_is_not_used_again(comm: MPI.Intracomm, library: FakeLibrary) -> None:
+@pytest.mark.mpi
+def test_what_the_heap_has_left_counts_as_room(comm: MPI.Intracomm, library: FakeLibrary) -> None:
+    """It grows by whole pieces, and keeps what buffers give back."""
     group = Group(comm, 30)
     world = join_all(group, library)
-    if comm.rank == 1:
-        library.room = 0
-    assert "failed on rank 1:" in refused(BootstrapError, lambda: world.malloc(group, 8))
-    world.free(group, 4096)  # to no effect
-    assert library.calls[-1][0] == "malloc"
-    assert "some ranks had no room" in refused(UnavailableError, lambda: join_all(group, library))
+    piece = nvshmem_env.CUMEM_GRANULARITY
+    message = refused(BootstrapError, lambda: world.malloc(group, piece + 1, lambda: 2 * piece - 1))
+    assert f"would take {2 * piece}" in message
+    address = world.malloc(group, piece + 1, lambda: 2 * piece)
+    assert "would take" in refused(BootstrapError, lambda: world.malloc(group, 1, lambda: 0))
+    world.free(group, address)
+    assert world.malloc(group, piece + 1, lambda: 0) == address
+
+
+@pytest.mark.mpi
+def test_a_heap_of_fixed_size_takes_no_free_memory(
+    comm: MPI.Intracomm, library: FakeLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVSHMEM_DISABLE_CUDA_VMM", "1")
+    group = Group(comm, 30)
+    world = join_all(group, library)
+    assert world.malloc(group, 8, lambda: 0) == 4096
+    library.address = 0
+    assert "heap has no room for 8 bytes" in refused(BootstrapError, lambda: world.malloc(group, 8, lambda: 0))
+    assert "failed on some rank" in refused(UnavailableError, lambda: join_all(group, library))
 
 
 @pytest.mark.mpi(min_size=2)
@@ -236,7 +257,12 @@ def test_what_a_rank_fails_in_holds_nobody_up_for_ever(comm: MPI.Intracomm, libr
 
     library.on_memory = fail
     start = time.monotonic()
-    message = refused(BootstrapError, lambda: getattr(world, call)(group, 8))
+    calls: dict[str, Callable[[], object]] = {
+        "malloc": lambda: world.malloc(group, 8, lambda: 2**40),
+        "free": lambda: world.free(group, 4096),
+        "share_queue_pairs": lambda: world.share_queue_pairs(group, 8),
+    }
+    message = refused(BootstrapError, calls[call])
     assert "on rank 0" in message and "no driver" in message and time.monotonic() - start < 10
     assert "failed on some rank" in refused(UnavailableError, lambda: join_all(group, library))
 

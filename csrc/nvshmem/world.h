@@ -48,8 +48,9 @@ void finalize(int device);
 
 int my_pe();
 int n_pes();
-// Symmetric memory, of the same size on all PEs; null where there is no room. Collective over all PEs, blocks until all
-// have come, without a limit.
+// Symmetric memory, of the same size on all PEs; null where a heap of fixed size has no room. For one that grows the
+// GPU must have it: 3.4.5 ends the process otherwise. Collective over all PEs, blocks until all have come, without a
+// limit.
 void* malloc(size_t num_bytes, int device);
 void free(void* memory, int device);
 // Handles of queue pairs for the kernels that put, each of which serves all PEs; none if this is before NVSHMEM 3.5.19.

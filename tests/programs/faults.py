@@ -73,6 +73,7 @@ class Calls:
         self.recv_x, _, _, _, self.handle, _ = buffer.dispatch(rows(), topk_idx=everywhere(), num_experts=EXPERTS)
         if buffer.low_latency_mode:
             self.low_x, _, self.low_handle, _, _ = self._low_latency_dispatch()
+        buffer.check()  # a GPU has sent all of it
 
     def dispatch(self) -> object:
         return self.buffer.dispatch(rows(), topk_idx=everywhere(), num_experts=EXPERTS)

@@ -83,26 +83,56 @@ class World:
     plan: nvshmem_env.Plan
     references: int = 1
     queue_pairs: list[int] = field(default_factory=list)
+    _sizes: dict[int, int] = field(default_factory=dict)  # in bytes, of what was allocated, by address
+    _most_bytes: int = 0  # that were allocated at a time
 
-    def malloc(self, group: Group, num_bytes: int) -> int:
+    def malloc(self, group: Group, num_bytes: int, get_free_bytes: Callable[[], int]) -> int:
         """The address of symmetric memory. Collective over the group that joined, with the same size.
 
+        Args:
+            group: the ranks.
+            num_bytes: of each rank.
+            get_free_bytes: how much of this rank's GPU memory nobody has.
+
         Raises:
-            BootstrapError: a rank has no room; or, with NVSHMEM, something failed, and then the world is abandoned.
+            BootstrapError: a rank has no room, and a smaller piece may be asked for; or, with NVSHMEM, something
+                failed, and then the world is abandoned.
             PeerTimeoutError: a rank did not come. The world is abandoned.
         """
-        name = "allocating symmetric memory"
-        address = self._together(group, name, lambda: self.library.malloc(num_bytes, self.device))
-        is_there = group.exchange(name, 1, lambda: bytes([address != 0]))
-        without = [rank for rank, there in enumerate(is_there) if there == b"\0"]
-        if not without:
+
+        def allocate() -> int:
+            address = self.library.malloc(num_bytes, self.device)
+            if address == 0:
+                raise Error(f"NVSHMEM's symmetric heap has no room for {num_bytes} bytes")
             return address
-        if len(without) < group.size:
-            self.abandon("some ranks had no room for symmetric memory, and others did")
-        raise BootstrapError(
-            f"Buffer: {name} failed on rank {_list(without)}: the GPU, or NVSHMEM's symmetric heap, has no room for "
-            f"{num_bytes} bytes (num_rdma_bytes, and some more for the library)"
-        )
+
+        name = "allocating symmetric memory"
+        with group.step(name):
+            self._require_room(num_bytes, get_free_bytes())
+        address = self._together(group, name, allocate)
+        self._sizes[address] = num_bytes
+        self._most_bytes = max(self._most_bytes, sum(self._sizes.values()))
+        return address
+
+    def _require_room(self, num_bytes: int, free_bytes: int) -> None:
+        """Raise `Error` if NVSHMEM's heap cannot grow by as much: NVSHMEM 3.4.5 would end the process.
+
+        It grows by pieces of NVSHMEM_CUMEM_GRANULARITY bytes, and keeps them. Without CUDA's virtual memory it has its
+        size from the start, and only says no.
+        """
+        variable = "NVSHMEM_DISABLE_CUDA_VMM"
+        if nvshmem_env.parse_bool(variable, os.environ.get(variable, "0")):
+            return
+        granularity = self.plan["NVSHMEM_CUMEM_GRANULARITY"]
+        piece = nvshmem_env.parse_size(granularity.name, granularity.value or "")
+        unused = self._most_bytes - sum(self._sizes.values())
+        needed = -(-(num_bytes - unused) // piece) * piece
+        if needed > free_bytes:
+            raise Error(
+                f"the GPU has no room for {num_bytes} bytes of symmetric memory (num_rdma_bytes, and some more for the "
+                f"library): {free_bytes} bytes are free, and NVSHMEM would take {needed}. torch keeps memory that it "
+                "does not use (torch.cuda.empty_cache())"
+            )
 
     def free(self, group: Group, address: int) -> None:
         """Give symmetric memory back. Collective over the group that joined; no kernel may use it any more.
@@ -114,6 +144,7 @@ class World:
         """
         if _process.alive is self:
             self._together(group, "freeing symmetric memory", lambda: self.library.free(address, self.device))
+            del self._sizes[address]
 
     def share_queue_pairs(self, group: Group, count: int) -> list[int]:
         """Handles of queue pairs for kernels that put; none with a version in which NVSHMEM chooses them itself.

@@ -71,7 +71,7 @@ class Region:
         self.queue_pairs: list[int] = []
         self.world: World = join(group, range(group.size), device=device.index, make_plan=make_plan)
         with self.freed_on_error():
-            self._address = self.world.malloc(group, num_bytes)
+            self._address = self.world.malloc(group, num_bytes, lambda: torch.cuda.mem_get_info(device)[0])
             with group.step("looking for the peers' symmetric memory"):
                 self.addresses = [self.world.library.ptr(self._address, pe) for pe in range(group.size)]
                 # Now, not when it is first asked for: that may be under graph capture.
