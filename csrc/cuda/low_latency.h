@@ -126,8 +126,8 @@ struct Arrivals {
     int32_t unused;
 };
 
-// The piece of memory that all results of a dispatch share but its rows: where in it each begins, in bytes, at
-// multiples of 16. Arrivals are at its start, and whoever allocates it may have the scales behind its end.
+// The piece of memory that all results of a dispatch share but its rows and their scales: where in it each begins, in
+// bytes, at multiples of 16. Arrivals are at its start.
 struct RoutingParts {
     int64_t layout_range, recv_count, recv_src_idx, tokens, token_rows, token_weights, end;
 };

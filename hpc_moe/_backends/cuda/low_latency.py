@@ -29,6 +29,7 @@ from ..requests import (
 from .dispatch import aligned_rows
 from .pool import lies_in_a_window
 from .streams import current_stream_number
+from .tensors import TensorKind, view_of
 
 if TYPE_CHECKING:
     from .backend import CudaBackend
@@ -49,15 +50,11 @@ class DispatchPlan:
         agreed: what must be equal on all ranks.
         copies: whether tensors have strides that kernels do not take.
         sizes: M, H and K.
-        shape: of `recv_x`.
-        like_rows: an empty tensor of the dtype of `recv_x`, on the same device.
-        scales: shape and strides of its scales; None for bf16.
-        like_scales: as `like_rows`.
+        rows: what `recv_x` is.
+        scales: what its scales are; None for bf16.
         num_ranks: R.
-        parts: of a routing's memory, in bytes.
-        words: how long that is, in units of 4 bytes.
-        counts: shape, stride and place of `recv_count` in it, in the same units.
-        like_memory: as `like_rows`.
+        memory: what a routing's memory is.
+        parts: of it, in bytes.
     """
 
     params: _C.LowLatencyDispatchParams
@@ -65,15 +62,11 @@ class DispatchPlan:
     agreed: list[int]
     copies: bool
     sizes: tuple[int, int, int]
-    shape: tuple[int, int, int]
-    like_rows: torch.Tensor
-    scales: tuple[tuple[int, int, int], tuple[int, int, int]] | None
-    like_scales: torch.Tensor
+    rows: TensorKind
+    scales: TensorKind | None
     num_ranks: int
+    memory: TensorKind
     parts: _C.RoutingParts
-    words: int
-    counts: tuple[tuple[int], tuple[int], int]
-    like_memory: torch.Tensor
 
 
 @dataclass(eq=False)
@@ -84,11 +77,13 @@ class CombinePlan:
         params: for the kernels, but for addresses.
         agreed: what must be equal on all ranks, but for the handle's number.
         copies: whether tensors have strides that kernels do not take.
+        combined: what the result is.
     """
 
     params: _C.LowLatencyCombineParams
     agreed: list[int]
     copies: bool
+    combined: TensorKind
 
 
 @dataclass(eq=False)
@@ -112,7 +107,7 @@ class Routing:
 
     def handle_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`recv_src_idx` and `recv_layout_range` of the handle, in `memory`."""
-        (local, rows, _), num_ranks, parts = self.plan.shape, self.plan.num_ranks, self.plan.parts
+        (local, rows, _), num_ranks, parts = self.plan.rows.shape, self.plan.num_ranks, self.plan.parts
         pairs = self.memory.view(torch.int64)
         return (
             self.memory.as_strided((local, rows), (rows, 1), parts.recv_src_idx // 4),
@@ -356,6 +351,7 @@ class LowLatency:
         params.num_local_experts = local
         params.round_scale, params.use_ue8m0 = form.round_scale, form.use_ue8m0
         columns = form.hidden * scale_bytes // 512
+        scales_dtype = torch.int32 if form.use_ue8m0 else torch.float32
         parts = _C.lay_out_routing(params, num_ranks)
         plan = form.plan = DispatchPlan(
             params=params,
@@ -365,24 +361,28 @@ class LowLatency:
             or not request.topk_idx.is_contiguous()
             or not (request.topk_weights is None or request.topk_weights.is_contiguous()),
             sizes=(form.num_max_tokens, form.hidden, form.top_k),
-            shape=(local, rows, form.hidden),
-            like_rows=torch.empty(0, dtype=torch.float8_e4m3fn if form.use_fp8 else torch.bfloat16, device=x.device),
-            scales=((local, rows, columns), (columns * rows, 1, rows)) if form.use_fp8 else None,
-            like_scales=torch.empty(0, dtype=torch.int32 if form.use_ue8m0 else torch.float32, device=x.device),
+            rows=TensorKind(
+                (local, rows, form.hidden),
+                (rows * form.hidden, form.hidden, 1),
+                torch.float8_e4m3fn if form.use_fp8 else torch.bfloat16,
+                x.device,
+            ),
+            scales=TensorKind((local, rows, columns), (columns * rows, 1, rows), scales_dtype, x.device)
+            if form.use_fp8
+            else None,
             num_ranks=num_ranks,
+            memory=TensorKind((parts.end // 4,), (1,), torch.int32, x.device),
             parts=parts,
-            words=parts.end // 4,
-            counts=((local,), (1,), parts.recv_count // 4),
-            like_memory=torch.empty(0, dtype=torch.int32, device=x.device),
         )
         return plan
 
     def _allocate(self, form: LowLatencyDispatchForm, plan: DispatchPlan) -> LowLatencyDispatchResult:
-        # Each of these takes longer than it looks, and a view not much less than memory of its own: so few of both, and
-        # no dtype is named. (Rows and scales are their own because they may go while the handle stays, too.)
-        recv_x = plan.like_rows.new_empty(*plan.shape)
-        scales = None if plan.scales is None else plan.like_scales.new_empty_strided(*plan.scales)
-        memory = plan.like_memory.new_empty(plan.words)
+        # Each of these takes longer than it looks, a view not much less than memory of its own: so few of both. (Rows
+        # and scales are their own because they may go while the handle stays, too.)
+        recv_x = plan.rows.empty()
+        scales = None if plan.scales is None else plan.scales.empty()
+        memory = plan.memory.empty()
+        recv_count = view_of(memory, plan.rows.shape[:1], (1,), plan.parts.recv_count // 4)
         handle = LowLatencyHandle(
             form.num_max_tokens,
             form.hidden,
@@ -394,7 +394,7 @@ class LowLatency:
             _backend_state=Routing(self._num_dispatches % 2, current_stream_number(self._backend.device), memory, plan),
         )
         self._num_dispatches += 1
-        return LowLatencyDispatchResult(recv_x, scales, memory.as_strided(*plan.counts), handle, None)
+        return LowLatencyDispatchResult(recv_x, scales, recv_count, handle, None)
 
     def _check_limits(self, form: LowLatencyDispatchForm) -> None:
         for name, got, most in (
@@ -439,7 +439,7 @@ class LowLatency:
             x = aligned_rows(x.view(-1, handle.hidden))
             topk_idx, topk_weights = topk_idx.contiguous(), topk_weights.detach().contiguous()
         if out is None:
-            out = x.new_empty(handle.num_tokens, handle.hidden)
+            out = plan.combined.empty()
         self._lend((routing.memory,), routing.made_on)
         arguments = (
             plan.params,
@@ -469,7 +469,9 @@ class LowLatency:
         agreed = request.agreed()
         del agreed["handle"]
         copies = not (request.topk_idx.is_contiguous() and request.topk_weights.is_contiguous())
-        plan = request.form.plan = CombinePlan(params, list(agreed.values()), copies)
+        shape = (handle.num_tokens, handle.hidden)
+        combined = TensorKind(shape, (handle.hidden, 1), torch.bfloat16, request.x.device)
+        plan = request.form.plan = CombinePlan(params, list(agreed.values()), copies, combined)
         return plan
 
     def staging_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
