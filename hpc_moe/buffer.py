@@ -213,16 +213,16 @@ class Buffer:
     def destroy(self) -> None:
         """Release the buffer's memory. Collective; a second call does nothing.
 
-        If a peer does not take part (or was lost before), the memory that it may still use stays allocated until the
-        process ends, and a `RuntimeWarning` says so.
+        If a peer does not take part (or was lost before), or NVSHMEM fails, the memory that peers may still use stays
+        allocated until the process ends, and a `RuntimeWarning` says so.
         """
         if self._backend is None:
             return
         backend, self._backend = self._backend, None
         if not backend.destroy():
             warnings.warn(
-                f"Buffer.destroy on rank {self.rank}: a peer is gone or masked; memory that it may use stays allocated "
-                "until this process ends",
+                f"Buffer.destroy on rank {self.rank}: a peer is gone or masked, or NVSHMEM failed; memory that peers "
+                "may use stays allocated until this process ends",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -56,13 +56,15 @@ class Stream:
 
 
 class Event:
-    """Remembers where it was recorded last."""
+    """Remembers where it was recorded last, and how often it was."""
 
     def __init__(self) -> None:
         self.stream: Stream | None = None
+        self.times = 0
 
     def record(self, stream: Stream) -> None:
         self.stream = stream
+        self.times += 1
 
 
 class Runtime:
@@ -381,8 +383,9 @@ def test_calls_come_behind_those_on_other_streams(world: World) -> None:
     world.combine(sent.handle, later=False)
     event = second.waited_for[0]
     assert isinstance(event, Event) and len(second.waited_for) == 1 and event.stream is second
+    assert event.times == 2  # behind all that came before, and behind this
     world.combine(sent.handle, later=False)
-    assert len(second.waited_for) == 1
+    assert len(second.waited_for) == 1 and event.times == 3
     world.current = first
     world.backend.reject("low_latency_combine", ArgumentError("wrong"))
     assert first.waited_for == [event]
@@ -408,11 +411,12 @@ def test_normal_calls_and_low_latency_calls_come_behind_each_other(world: World)
 
 
 def test_memory_of_another_stream_is_lent(world: World) -> None:
-    sent = world.dispatch()
+    sent = world.dispatch(use_fp8=True)
     world.current = world.streams[1]
     sent.receive()
     lent = {tensor.data_ptr() for tensor, _ in world.lent}
-    assert {sent.recv_x.data_ptr(), sent.handle._backend_state.memory.data_ptr()} <= lent
+    results = [sent.recv_x, sent.recv_scales, sent.handle._backend_state.memory]
+    assert {tensor.data_ptr() for tensor in results if tensor is not None} <= lent and sent.recv_scales is not None
     assert all(stream is world.streams[1] for _, stream in world.lent)
     world.lent.clear()
     world.combine(sent.handle, later=False)

@@ -7,7 +7,8 @@ in test_cuda_low_latency.py and test_properties_low_latency.py.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from hpc_moe import _C, Buffer, Error, PeerTimeoutError, UnavailableError
+from hpc_moe import _C, ArgumentError, BootstrapError, Buffer, Error, PeerTimeoutError, UnavailableError
 from hpc_moe.bootstrap import Group, Topology, connect, number_nodes
 from hpc_moe.config import low_latency_outbox_bytes, minimum_nvl_bytes
 
@@ -174,6 +175,45 @@ def test_a_region_ends_with_its_world_and_stays_where_a_rank_is_missed(
 # --- what memory that takes ------------------------------------------------------------------------------------------
 
 
+class Makes:
+    """A backend that makes a region, and what it asks of stand-ins for that, and for the runtime."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, nodes: Sequence[int]) -> None:
+        self.asked: list[tuple[int, set[int]]] = []
+        self.puts: list[int] = []
+        self.freed = 0
+        self.on_set_regions: Callable[[], None] = lambda: None
+        monkeypatch.setattr(backends, "Region", self._make_region)
+        self.backend = backends.CudaBackend.__new__(backends.CudaBackend)
+        vars(self.backend).update(
+            group=SimpleNamespace(step=lambda name: contextlib.nullcontext()),
+            topology=lay_out(1, nodes),
+            device=torch.device("cpu"),
+            num_ranks=len(nodes),
+            num_rdma_bytes=10**6,
+            runtime=SimpleNamespace(
+                set_regions=lambda *arguments: self.on_set_regions(),
+                set_puts=lambda ranks, *others: self.puts.append(ranks),
+            ),
+        )
+
+    def _make_region(self, group: Any, device: Any, num_bytes: int, far_ranks: set[int], **network: Any) -> Any:
+        self.asked.append((num_bytes, far_ranks))
+        world = SimpleNamespace(library=SimpleNamespace(low_latency_launchers=lambda: 0))
+        return SimpleNamespace(
+            addresses=[0] * 4, num_bytes=num_bytes, put_ranks=far_ranks, queue_pairs=[], world=world,
+            freed_on_error=self._note_errors,
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _note_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            self.freed += 1
+            raise
+
+
 @pytest.mark.parametrize(
     ("nodes", "allow_nvlink", "far"),
     [([0, 0, 0, 0], True, set()), ([0, 1, 0, 1], True, {0, 2}), ([0, 0, 0, 0], False, {0, 2, 3})],
@@ -181,34 +221,55 @@ def test_a_region_ends_with_its_world_and_stays_where_a_rank_is_missed(
 def test_room_for_outboxes_comes_on_top(
     monkeypatch: pytest.MonkeyPatch, nodes: list[int], allow_nvlink: bool, far: set[int]
 ) -> None:
-    asked: list[tuple[int, set[int]]] = []
-    puts: list[int] = []
-    library = SimpleNamespace(low_latency_launchers=lambda: 0)
+    makes = Makes(monkeypatch, nodes)
+    makes.backend._make_region(False, {"allow_nvlink_for_low_latency_mode": allow_nvlink})
+    outboxes = len(far) * low_latency_outbox_bytes(10**6, 4)
+    assert makes.asked == [(_C.LOW_LATENCY_FIXED_BYTES + 10**6 + outboxes, far)]
+    assert makes.puts == [sum(1 << rank for rank in far)] * bool(far) and makes.freed == 0
 
-    def make_region(group: Any, device: Any, num_bytes: int, far_ranks: set[int], **network: Any) -> Any:
-        asked.append((num_bytes, far_ranks))
-        world = SimpleNamespace(library=library)
-        return SimpleNamespace(
-            addresses=[0] * 4, num_bytes=num_bytes, put_ranks=far_ranks, queue_pairs=[], world=world,
-            freed_on_error=contextlib.nullcontext,
-        )  # fmt: skip
 
-    monkeypatch.setattr(backends, "Region", make_region)
-    backend = backends.CudaBackend.__new__(backends.CudaBackend)
+def test_a_region_that_the_runtime_does_not_take_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    makes = Makes(monkeypatch, [0, 0])
+
+    def fail() -> None:
+        raise BootstrapError("no memory for the state")
+
+    makes.on_set_regions = fail
+    with pytest.raises(BootstrapError, match="for the state"):
+        makes.backend._make_region(False, {"allow_nvlink_for_low_latency_mode": True})
+    assert makes.freed == 1
+
+
+@pytest.mark.parametrize("pending", [None, ArgumentError("rows went nowhere")])
+def test_a_region_that_cannot_be_freed_is_abandoned(
+    monkeypatch: pytest.MonkeyPatch, pending: ArgumentError | None
+) -> None:
+    """Also where the warning is an error."""
+    done: list[str] = []
+
+    def fail() -> None:
+        raise Error("NVSHMEM did not end")
+
+    backend = Makes(monkeypatch, [0]).backend
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     vars(backend).update(
-        group=SimpleNamespace(step=lambda name: contextlib.nullcontext()),
-        topology=lay_out(1, nodes),
-        device=torch.device("cpu"),
-        num_ranks=4,
-        num_rdma_bytes=10**6,
+        rank=0,
+        broken="",
+        masks=None,
+        _pending=pending,
         runtime=SimpleNamespace(
-            set_regions=lambda *arguments: None, set_puts=lambda ranks, *others: puts.append(ranks)
+            has_error=lambda: False, close_peers=lambda: None, abandon=lambda: done.append("runtime")
+        ),
+        low_latency=SimpleNamespace(
+            region=SimpleNamespace(free=fail, abandon=lambda: done.append("region")),
         ),
     )
-    backend._make_region(False, {"allow_nvlink_for_low_latency_mode": allow_nvlink})
-    outboxes = len(far) * low_latency_outbox_bytes(10**6, 4)
-    assert asked == [(_C.LOW_LATENCY_FIXED_BYTES + 10**6 + outboxes, far)]
-    assert puts == [sum(1 << rank for rank in far)] * bool(far)
+    monkeypatch.setattr(backends, "keep_forever", lambda *objects: done.append("kept"))
+    with warnings.catch_warnings(), pytest.raises(RuntimeWarning, match="NVSHMEM did not end") as caught:
+        warnings.simplefilter("error")
+        backend.destroy()
+    assert done == ["runtime", "region", "kept"]
+    assert ("rows went nowhere" in str(caught.value)) == (pending is not None)
 
 
 # --- what is refused, and what is not --------------------------------------------------------------------------------

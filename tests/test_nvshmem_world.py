@@ -218,16 +218,25 @@ def test_where_a_rank_has_no_room_a_smaller_buffer_can_have_the_world(
 
 @pytest.mark.mpi
 def test_what_the_heap_has_left_counts_as_room(comm: MPI.Intracomm, library: FakeLibrary) -> None:
-    """It grows by whole pieces, and keeps what buffers give back."""
+    """It grows by whole units, and keeps what buffers give back; but not to put pieces together."""
     group = Group(comm, 30)
     world = join_all(group, library)
-    piece = nvshmem_env.CUMEM_GRANULARITY
-    message = refused(BootstrapError, lambda: world.malloc(group, piece + 1, lambda: 2 * piece - 1))
-    assert f"would take {2 * piece}" in message
-    address = world.malloc(group, piece + 1, lambda: 2 * piece)
+    unit = nvshmem_env.CUMEM_GRANULARITY
+    message = refused(BootstrapError, lambda: world.malloc(group, unit + 1, lambda: 2 * unit - 1))
+    assert f"would take {2 * unit}" in message
+    address = world.malloc(group, unit + 1, lambda: 2 * unit)
     assert "would take" in refused(BootstrapError, lambda: world.malloc(group, 1, lambda: 0))
+    library.address = other = address + 2 * unit
+    world.malloc(group, unit, lambda: unit)
     world.free(group, address)
-    assert world.malloc(group, piece + 1, lambda: 0) == address
+    world.free(group, other)
+    message = refused(BootstrapError, lambda: world.malloc(group, 2 * unit, lambda: 2 * unit - 1))
+    assert f"would take {2 * unit}" in message
+    library.address = address
+    assert world.malloc(group, unit + 1, lambda: 0) == address
+    assert "would take" in refused(BootstrapError, lambda: world.malloc(group, unit + 1, lambda: unit))
+    library.address = other
+    assert world.malloc(group, unit, lambda: 0) == other
 
 
 @pytest.mark.mpi

@@ -502,15 +502,18 @@ class CudaBackend(Backend):
             try:
                 self.low_latency.region.free()
             except Error as error:  # a rank went meanwhile, or NVSHMEM failed
-                warnings.warn(f"Buffer.destroy on rank {self.rank}: {error}", RuntimeWarning, 3)
                 self.abandon()
+                self._warn(f"{error}" + (f"; and nobody has been told that {pending}" if pending else ""))
                 return False
         self.runtime.free()
         self.pool = None  # its tensors keep the window, as long as they live
         self.group.comm.Free()
         if pending is not None:
-            warnings.warn(f"Buffer.destroy on rank {self.rank}: nobody has been told that {pending}", RuntimeWarning, 3)
+            self._warn(f"nobody has been told that {pending}")
         return True
+
+    def _warn(self, text: str) -> None:
+        warnings.warn(f"Buffer.destroy on rank {self.rank}: {text}", RuntimeWarning, 4)
 
     def abandon(self) -> None:
         self.runtime.abandon()

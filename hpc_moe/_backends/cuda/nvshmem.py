@@ -84,7 +84,7 @@ class World:
     references: int = 1
     queue_pairs: list[int] = field(default_factory=list)
     _sizes: dict[int, int] = field(default_factory=dict)  # in bytes, of what was allocated, by address
-    _most_bytes: int = 0  # that were allocated at a time
+    _given_back: list[int] = field(default_factory=list)  # sizes
 
     def malloc(self, group: Group, num_bytes: int, get_free_bytes: Callable[[], int]) -> int:
         """The address of symmetric memory. Collective over the group that joined, with the same size.
@@ -97,7 +97,7 @@ class World:
         Raises:
             BootstrapError: a rank has no room, and a smaller piece may be asked for; or, with NVSHMEM, something
                 failed, and then the world is abandoned.
-            PeerTimeoutError: a rank did not come. The world is abandoned.
+            PeerTimeoutError: a rank did not come. Abandon the world.
         """
 
         def allocate() -> int:
@@ -110,23 +110,27 @@ class World:
         with group.step(name):
             self._require_room(num_bytes, get_free_bytes())
         address = self._together(group, name, allocate)
+        if self._has_piece(num_bytes):
+            self._given_back.remove(max(self._given_back))  # it is the largest that NVSHMEM has taken, at worst
         self._sizes[address] = num_bytes
-        self._most_bytes = max(self._most_bytes, sum(self._sizes.values()))
         return address
+
+    def _has_piece(self, num_bytes: int) -> bool:
+        """Whether something was given back from which NVSHMEM can take as much."""
+        return max(self._given_back, default=0) >= num_bytes
 
     def _require_room(self, num_bytes: int, free_bytes: int) -> None:
         """Raise `Error` if NVSHMEM's heap cannot grow by as much: NVSHMEM 3.4.5 would end the process.
 
-        It grows by pieces of NVSHMEM_CUMEM_GRANULARITY bytes, and keeps them. Without CUDA's virtual memory it has its
-        size from the start, and only says no.
+        It grows by all of what it is asked for, in units of NVSHMEM_CUMEM_GRANULARITY bytes, if it has that in no one
+        piece, and keeps what it has. Without CUDA's virtual memory it has its size from the start, and says no itself.
         """
         variable = "NVSHMEM_DISABLE_CUDA_VMM"
         if nvshmem_env.parse_bool(variable, os.environ.get(variable, "0")):
             return
         granularity = self.plan["NVSHMEM_CUMEM_GRANULARITY"]
-        piece = nvshmem_env.parse_size(granularity.name, granularity.value or "")
-        unused = self._most_bytes - sum(self._sizes.values())
-        needed = -(-(num_bytes - unused) // piece) * piece
+        unit = nvshmem_env.parse_size(granularity.name, granularity.value or "")
+        needed = 0 if self._has_piece(num_bytes) else -(-num_bytes // unit) * unit
         if needed > free_bytes:
             raise Error(
                 f"the GPU has no room for {num_bytes} bytes of symmetric memory (num_rdma_bytes, and some more for the "
@@ -144,7 +148,7 @@ class World:
         """
         if _process.alive is self:
             self._together(group, "freeing symmetric memory", lambda: self.library.free(address, self.device))
-            del self._sizes[address]
+            self._given_back.append(self._sizes.pop(address))
 
     def share_queue_pairs(self, group: Group, count: int) -> list[int]:
         """Handles of queue pairs for kernels that put; none with a version in which NVSHMEM chooses them itself.

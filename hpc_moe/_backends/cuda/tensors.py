@@ -1,6 +1,7 @@
 """`TensorKind`: tensors that are made again and again, with less ado than by torch's own functions.
 
-A low-latency call takes longer on the CPU than on the GPU, and making tensors is the largest part of that.
+A low-latency call takes longer on the CPU than on the GPU, and making tensors is the largest part of that. What they
+hold is undefined, also where torch.use_deterministic_algorithms has torch's functions fill them.
 """
 
 from __future__ import annotations
