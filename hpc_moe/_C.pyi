@@ -206,7 +206,10 @@ LOW_LATENCY_FIXED_BYTES: int
 
 def low_latency_bytes(num_max_tokens: int, hidden: int, top_k: int, num_ranks: int, num_put_ranks: int = 0) -> int: ...
 
+MAX_LOW_LATENCY_RANKS: int
 MAX_LOW_LATENCY_TOKENS: int
+MAX_COMING_TOKENS: int
+MAX_LOW_LATENCY_EXPERTS: int
 MAX_LOW_LATENCY_TOP_K: int
 is_stress_build: bool
 

@@ -132,7 +132,7 @@ class Buffer:
                 pool, in which results of `dispatch` lie while there is room.
             num_rdma_bytes: bytes for traffic between nodes and for the low-latency mode
                 (`get_low_latency_rdma_size_hint`); 0 on several nodes: the library chooses what normal calls get. On
-                CUDA more memory comes on top for each rank of another node.
+                CUDA more memory comes on top for each rank of another node, if there are at most 8 ranks.
             low_latency_mode: make low-latency calls possible.
             num_qps_per_rank: NVSHMEM queue pairs per rank.
             allow_nvlink_for_low_latency_mode: let low-latency calls use NVLink inside a node.
@@ -151,7 +151,7 @@ class Buffer:
             BootstrapError: a step failed on some rank; every rank raises it with that rank's message.
             PeerTimeoutError: a rank did not take part within `timeout`.
             UnavailableError: `device` is CUDA, and this build has no CUDA runtime, there are too few GPUs, or the
-                buffer needs what CUDA does not have yet (normal calls between nodes, more than 8 ranks).
+                buffer needs what CUDA does not have yet (normal calls between nodes, more than 32 ranks).
         """
         self._backend: Backend | None = None
         checks.communicator(comm)

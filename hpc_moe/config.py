@@ -23,6 +23,7 @@ _WINDOW_HEADER_BYTES = 4096
 _LOW_LATENCY_DETAILS_BYTES = 256
 _LOW_LATENCY_CHUNK_BYTES, _LOW_LATENCY_WIRE_CHUNK_BYTES = 1024, 1664
 _LOW_LATENCY_TOP_K = 16
+_MOST_RANKS_OF_NODE = 8
 # One row of the largest hidden size in float32 (a grouped combine), its top-k data, and the alignment of its arrays.
 _MINIMUM_SLOT_BYTES = 80 * 1024
 
@@ -43,10 +44,16 @@ def low_latency_staging_bytes(num_tokens: int, hidden: int, num_experts: int) ->
 
 
 def low_latency_region_bytes(num_tokens: int, hidden: int, num_ranks: int, num_experts: int) -> int:
-    """Bytes that low-latency calls of these sizes need: what travels (twice), and two staging buffers."""
+    """Bytes that low-latency calls of these sizes need: what travels (twice), and two staging buffers.
+
+    With more ranks than a node has, outboxes are among them (see `low_latency_outbox_bytes`).
+    """
     row = -(-2 * hidden // _LOW_LATENCY_CHUNK_BYTES) * _LOW_LATENCY_WIRE_CHUNK_BYTES
     packets = num_ranks * (_LOW_LATENCY_DETAILS_BYTES + row)
     travelling = num_tokens * (packets + max(num_ranks, _LOW_LATENCY_TOP_K) * row) + 3 * 4096
+    if num_ranks > _MOST_RANKS_OF_NODE:
+        outbox = num_tokens * (_LOW_LATENCY_DETAILS_BYTES + (1 + _LOW_LATENCY_TOP_K) * row) + 2 * 4096
+        travelling += (num_ranks - 1) * outbox
     return 2 * (travelling + low_latency_staging_bytes(num_tokens, hidden, num_experts))
 
 
@@ -55,10 +62,13 @@ def low_latency_outbox_bytes(num_rdma_bytes: int, num_ranks: int) -> int:
 
     What is put to a rank lies in its outbox first: M packets, and M rows for each of up to 16 columns, all twice. That
     is 2 M (17 row + 256) bytes, with `row` those of a row. The calls need at least 2 M (16 row + R (row + 256)), as
-    `low_latency_region_bytes` has it for up to 16 ranks; of that, the outbox is no more than 17 / (16 + R). (Its two
-    parts end at pages: for these, the pages there are enough for up to 9 ranks.) The staging buffers, which may be much
-    larger, are left out: how many experts there will be is not known here.
+    `low_latency_region_bytes` has it for the ranks of a node; of that, the outbox is no more than 17 / (16 + R). (Its
+    two parts end at pages: for these, the pages there are enough.) The staging buffers, which may be much larger, are
+    left out: how many experts there will be is not known here. So for more ranks, which are on several nodes in any
+    case, outboxes are part of the size hint, and nothing comes on top.
     """
+    if num_ranks > _MOST_RANKS_OF_NODE:
+        return 0
     most = _LOW_LATENCY_TOP_K
     return -(-num_rdma_bytes * (most + 1) // (most + num_ranks))
 

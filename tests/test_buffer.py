@@ -144,7 +144,7 @@ def test_size_hints_grow_with_what_they_depend_on() -> None:
 def test_a_low_latency_hint_has_room() -> None:
     """For what travels on CUDA, and two staging buffers behind it, each from a page on; with outboxes on top."""
     for most, hidden, ranks, local, top_k in itertools.product(
-        (1, 33, 4096), (128, 896, 7168), (1, 2, 3, 8), (1, 5, 32), (1, 8, 16)
+        (1, 33, 1024), (128, 896, 7168), (1, 2, 3, 8, 16, 32), (1, 5, 32), (1, 8, 16)
     ):
         hint = Buffer.get_low_latency_rdma_size_hint(most, hidden, ranks, ranks * local)
         staging = low_latency_staging_bytes(most, hidden, ranks * local)

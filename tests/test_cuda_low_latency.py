@@ -95,7 +95,7 @@ class Exchange:
         kind: str = "",
     ) -> None:
         self.comm, self.rank, self.size = comm, comm.Get_rank(), comm.Get_size()
-        self.num_tokens = list(num_tokens) or [max(1, num_max - 3 * rank) for rank in range(self.size)]
+        self.num_tokens = list(num_tokens) or [max(min(4, num_max), num_max - 3 * rank) for rank in range(self.size)]
         self.num_max, self.hidden, self.top_k = num_max, hidden, top_k
         self.num_experts, self.weighted, self.kind = local_experts * self.size, weighted, kind
 

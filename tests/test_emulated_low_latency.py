@@ -90,14 +90,21 @@ def test_rounds(build: Build, ranks: int, seed: int) -> None:
     expect_right(build("stores"), ranks=ranks, rounds=30 if ranks < 8 else 8, seed=seed)
 
 
+@pytest.mark.parametrize("ranks", [9, 17, 32])
+def test_more_ranks_than_a_node_has(build: Build, ranks: int) -> None:
+    expect_right(build("puts"), ranks=ranks, rounds=2, seed=ranks)
+
+
 @pytest.mark.parametrize(("ranks", "seed"), [(2, 1), (3, 2), (4, 5)])
 def test_ranks_that_are_lost_and_come_back(build: Build, ranks: int, seed: int) -> None:
     expect_right(build("stores"), ranks=ranks, rounds=8, seed=seed, deaths=1)
 
 
-@pytest.mark.parametrize(("ranks", "put_ranks"), [(2, 0b11), (3, 0b111), (3, 0b101), (4, 0b1111), (4, 0b0110)], ids=str)
+@pytest.mark.parametrize(
+    ("ranks", "put_ranks"), [(2, 0b11), (3, 0b111), (3, 0b101), (4, 0b1111), (4, 0b0110), (12, 0x804)], ids=str
+)
 def test_puts(build: Build, ranks: int, put_ranks: int) -> None:
-    expect_right(build("puts"), ranks=ranks, rounds=15, seed=ranks + put_ranks, put_ranks=put_ranks)
+    expect_right(build("puts"), ranks=ranks, rounds=15 if ranks < 8 else 4, seed=ranks + put_ranks, put_ranks=put_ranks)
 
 
 def test_puts_when_a_rank_is_lost(build: Build) -> None:

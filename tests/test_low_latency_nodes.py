@@ -228,6 +228,15 @@ def test_room_for_outboxes_comes_on_top(
     assert makes.puts == [sum(1 << rank for rank in far)] * bool(far) and makes.freed == 0
 
 
+def test_more_ranks_than_a_node_has_need_the_kernels_that_put(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where all can be reached by stores. There is room for outboxes in `num_rdma_bytes` then."""
+    for nodes, far in (([0] * 9, set()), ([0] * 8 + [1] * 8, set(range(8, 16)))):
+        makes = Makes(monkeypatch, nodes)
+        makes.backend._make_region(False, {"allow_nvlink_for_low_latency_mode": True})
+        assert makes.asked == [(_C.LOW_LATENCY_FIXED_BYTES + 10**6, far)]
+        assert makes.puts == [sum(1 << rank for rank in far)]
+
+
 def test_a_region_that_the_runtime_does_not_take_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     makes = Makes(monkeypatch, [0, 0])
 
@@ -287,8 +296,14 @@ def test_what_a_buffer_may_need() -> None:
             "device='cpu'",
         ):
             assert part in message
-    many = lay_out(0, list(range(_C.CUDA_MAX_RANKS + 1)))
-    assert f"at most {_C.CUDA_MAX_RANKS} ranks" in find_what_is_missing(many, 0, True)
+    most_normal, most = _C.CUDA_MAX_RANKS, _C.MAX_LOW_LATENCY_RANKS
+    assert find_what_is_missing(lay_out(0, list(range(most))), 0, True) == ""
+    assert f"at most {most} ranks" in find_what_is_missing(lay_out(0, list(range(most + 1))), 0, True)
+    assert find_what_is_missing(lay_out(0, [0] * most_normal), 4096, True) == ""
+    assert find_what_is_missing(lay_out(0, [0] * (most_normal + 1)), 0, True) == ""
+    for num_nvl_bytes, low_latency_mode in ((4096, True), (0, False)):
+        message = find_what_is_missing(lay_out(0, [0] * (most_normal + 1)), num_nvl_bytes, low_latency_mode)
+        assert f"at most {most_normal} ranks of a node have normal calls" in message
 
 
 @pytest.mark.mpi(min_size=2)

@@ -443,7 +443,7 @@ def test_masked_rank(
 def example_case(num_ranks: int, **changes: Any) -> Case:
     case = Case(
         seed=5,
-        num_tokens=tuple(8 - rank for rank in range(num_ranks)),
+        num_tokens=tuple(max(0, 8 - rank) for rank in range(num_ranks)),
         num_max=8,
         hidden=256,
         num_local_experts=2,

@@ -351,7 +351,10 @@ void bind_cuda(py::module_& module) {
         py::arg("num_max_tokens"), py::arg("hidden"), py::arg("top_k"), py::arg("num_ranks"),
         py::arg("num_put_ranks") = 0);
     module.attr("LOW_LATENCY_FIXED_BYTES") = kLowLatencyFixedBytes;
+    module.attr("MAX_LOW_LATENCY_RANKS") = kMaxLowLatencyRanks;
     module.attr("MAX_LOW_LATENCY_TOKENS") = kMaxLowLatencyTokens;
+    module.attr("MAX_COMING_TOKENS") = kMaxComingTokens;
+    module.attr("MAX_LOW_LATENCY_EXPERTS") = kMaxLowLatencyExperts;
     module.attr("MAX_LOW_LATENCY_TOP_K") = kMaxLowLatencyTopK;
 #ifdef HPC_MOE_STRESS
     module.attr("is_stress_build") = true;

@@ -6,15 +6,16 @@
 
 namespace hpc_moe::cuda {
 
-constexpr int kMaxRanks = 8;            // of a node
-constexpr int kMaxTopK = 32;            // experts per token: one lane of a warp each
-constexpr int kMaxLocalExperts = 4096;  // of a rank
-constexpr int kMaxSlots = 8192;         // rows of a source that a window can hold at a time
-constexpr int kMaxFields = 10;          // values of a call that must agree
-constexpr int kTextBytes = 384;         // of a message to the peers
-constexpr int kMaxPasses = 1 << 20;     // of a call; a flag holds epoch * kMaxPasses + pass
-constexpr int kLandingUnit = 128;       // bytes
-constexpr int kMaxBlocks = 256;         // of a kernel that talks to peers
+constexpr int kMaxRanks = 8;             // of a node
+constexpr int kMaxLowLatencyRanks = 32;  // of low-latency calls: a lane of a warp, and a bit, each
+constexpr int kMaxTopK = 32;             // experts per token: one lane of a warp each
+constexpr int kMaxLocalExperts = 4096;   // of a rank
+constexpr int kMaxSlots = 8192;          // rows of a source that a window can hold at a time
+constexpr int kMaxFields = 10;           // values of a call that must agree
+constexpr int kTextBytes = 384;          // of a message to the peers
+constexpr int kMaxPasses = 1 << 20;      // of a call; a flag holds epoch * kMaxPasses + pass
+constexpr int kLandingUnit = 128;        // bytes
+constexpr int kMaxBlocks = 256;          // of a kernel that talks to peers
 
 // In the order of Python's OPERATIONS.
 enum class Operation : int32_t { kDispatch, kCombine, kLowLatencyDispatch, kLowLatencyCombine };
@@ -93,9 +94,9 @@ struct ErrorRecord {
     Missing missing;      // kTimeout: what did not come
     uint64_t
         numbers[2];  // kTimeout: what came, what was waited for; kBadValue: [0]; kCapacity: rows needed, rows there
-    Operation operations[kMaxRanks];        // kOperations
-    int64_t fields[kMaxRanks][kMaxFields];  // kFields
-    char text[kTextBytes];                  // kRejected
+    Operation operations[kMaxLowLatencyRanks];        // kOperations
+    int64_t fields[kMaxLowLatencyRanks][kMaxFields];  // kFields
+    char text[kTextBytes];                            // kRejected
 };
 
 constexpr uint32_t kExchangeFailed = 0xffffffffu;  // in place of the rows of HostRecord::result

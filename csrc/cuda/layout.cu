@@ -165,7 +165,7 @@ void launch_layout(const LayoutParams& params, cudaStream_t stream) {
 }
 
 void prepare_layout() {
-    const int most = sizeof(int32_t) * kMaxRanks * (kMaxLocalExperts + 1);
+    const int most = sizeof(int32_t) * (kMaxLowLatencyRanks + kMaxRanks * kMaxLocalExperts);
     check(cudaFuncSetAttribute(count_chunk, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "loading a kernel");
     check(cudaFuncSetAttribute(finish_chunk, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "loading a kernel");
 }

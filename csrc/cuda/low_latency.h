@@ -10,6 +10,8 @@
 namespace hpc_moe::cuda {
 
 constexpr int kMaxLowLatencyTokens = 4096;  // M
+// M * R, with M rounded up to a multiple of 32, and E: a block has a bit and a number of each in shared memory.
+constexpr int kMaxComingTokens = 32768, kMaxLowLatencyExperts = 32768;
 constexpr int kMaxLowLatencyTopK = 16;
 constexpr int kLowLatencyBlocks = 132;   // of every kernel, where the GPU has as many SMs
 constexpr int kLowLatencyThreads = 512;  // of a block: 15 warps for the chunks of a row of 7168 channels, and one more
@@ -34,23 +36,32 @@ constexpr int64_t kMostTaggedBytes[kNumLowLatencyKinds] = {2 << 20, 3 << 19};
 // At the start of a rank's region. Peers write it, each in places of its own, by parity of the call's number; nothing
 // is ever cleaned. The number of a call, its epoch, counts the calls of its kind.
 struct LowLatencyControl {
-    PostedEntry entries[kNumLowLatencyKinds][2][kMaxRanks];
-    // epoch << 32 | tokens of the source for a local expert, and a bit for each token of the source that comes
-    uint64_t counts[2][kMaxRanks][kMaxLocalExperts];
-    uint64_t coming[2][kMaxRanks][kMaxLowLatencyTokens / 32];
-    uint64_t packet_flags[2][kMaxRanks][kMaxLowLatencyTokens];  // dispatch: epoch, by source and token
-    uint64_t row_flags[2][kMaxRanks][kMaxLowLatencyTokens];     // combine: epoch, by the rank that sums, and token
-    uint64_t consumed[kNumLowLatencyKinds][kMaxRanks];          // epoch up to which this peer's calls have ended
+    PostedEntry entries[kNumLowLatencyKinds][2][kMaxLowLatencyRanks];
+    uint64_t consumed[kNumLowLatencyKinds][kMaxLowLatencyRanks];  // epoch up to which this peer's calls have ended
     // From peers that put: epoch whose entry, or whose counts and bits, have come.
-    uint64_t entry_flags[kNumLowLatencyKinds][2][kMaxRanks];
-    uint64_t number_flags[2][kMaxRanks];
+    uint64_t entry_flags[kNumLowLatencyKinds][2][kMaxLowLatencyRanks];
+    uint64_t number_flags[2][kMaxLowLatencyRanks];
+    // epoch << 32 | a bit for each token of the source that comes, and tokens of the source for a local expert
+    uint64_t coming[2][kMaxLowLatencyRanks][kMaxLowLatencyTokens / 32];
+    uint64_t counts[2][kMaxLowLatencyRanks][kMaxLocalExperts];
+    // Epoch of the plain rows of a token: in a dispatch by its source, in a combine by the rank that sums.
+    uint64_t packet_flags[2][kMaxLowLatencyRanks][kMaxLowLatencyTokens];
+    uint64_t row_flags[2][kMaxLowLatencyRanks][kMaxLowLatencyTokens];
+};
+
+// What a rank writes into one of those, on its way to a rank that is reached by puts.
+struct LowLatencyOutbox {
+    PostedEntry entries[kNumLowLatencyKinds][2];
+    uint64_t counts[2][kMaxLocalExperts];
+    uint64_t coming[2][kMaxLowLatencyTokens / 32];
 };
 
 constexpr int64_t kLowLatencyControlBytes = (sizeof(LowLatencyControl) + 4095) / 4096 * 4096;
 // What has to be zero at first: there is no call number 0.
 constexpr int64_t kLowLatencyClearedBytes = kLowLatencyControlBytes + 2 * kNumLowLatencyKinds * kTaggedBytes;
-// What does not depend on the sizes of calls: behind that, control words on their way to every rank.
-constexpr int64_t kLowLatencyFixedBytes = kLowLatencyClearedBytes + kMaxRanks * kLowLatencyControlBytes;
+// What does not depend on the sizes of calls: behind that, an outbox for every rank.
+constexpr int64_t kLowLatencyFixedBytes =
+    (kLowLatencyClearedBytes + kMaxLowLatencyRanks * sizeof(LowLatencyOutbox) + 4095) / 4096 * 4096;
 
 // The way to a rank that is reached by puts.
 struct Route {
@@ -67,6 +78,10 @@ struct LowLatencyState {
         int32_t queue;                                                      // through which it puts, see Route
         int32_t unused[5];
     } of_block[kMaxBlocks];
+    // Regions of all ranks, as this process sees them, and their PEs. (Parameters have the regions of the first ones:
+    // they are sooner there.)
+    uint8_t* regions[kMaxLowLatencyRanks];
+    int32_t pes[kMaxLowLatencyRanks];
     uint32_t masked;      // ranks that calls go on without, a bit each
     uint64_t present[2];  // where ranks may be masked, by parity of a dispatch: epoch << 32 | ranks whose numbers came
 };
@@ -94,7 +109,8 @@ struct Area {
 
 // What dispatch and combine have in common.
 struct LowLatencyCall {
-    Call call;  // windows: the regions, which begin with a LowLatencyControl
+    Call call;        // windows: the regions of the first ranks, each of which starts with a LowLatencyControl
+    uint8_t* region;  // of this rank
     LowLatencyState* state;
     int32_t halves;
     int32_t num_tokens;         // T of this rank
@@ -107,12 +123,12 @@ struct LowLatencyCall {
     bool begins_early;          // for the launch: see Grid
     Area tagged, plain;
     int32_t tagged_capacity;  // tokens of a part of the tagged area; the launch sets it
-    // Ranks that are reached by puts (device/transport.cuh), a bit each; their PEs; and where, in this rank's region,
-    // packets or rows for them are put together, at even epochs, and how far behind it at odd ones.
+    // Ranks that are reached by puts (device/transport.cuh), a bit each; and where, in this rank's region, packets or
+    // rows for the first of them are put together, at even epochs, how far behind it at odd ones, and for the next
+    // rank.
     uint32_t put_ranks;
-    int32_t pes[kMaxRanks];
-    uint8_t* outboxes[kMaxRanks];
-    int64_t outbox_parity_bytes;
+    uint8_t* outboxes;
+    int64_t outbox_parity_bytes, outbox_bytes;
     int64_t most_tagged_bytes;  // see kMostTaggedBytes
     uint64_t shape;             // differs where the layout of areas does; not 0
 };
@@ -218,11 +234,9 @@ inline int64_t lay_out(LowLatencyCall& call, LowLatencyKind kind) {
     // Of a token, one packet goes to a peer, and back as many rows as it has experts there.
     const int64_t packets = whole_pages(tokens * packet), rows = whole_pages(tokens * call.top_k * row);
     call.outbox_parity_bytes = kind == kLowLatencyDispatch ? packets : rows;
-    for (int rank = 0; rank < call.call.num_ranks; ++rank) {
-        if (!(call.put_ranks >> rank & 1u)) continue;
-        call.outboxes[rank] = call.call.windows[call.call.rank] + end + (kind == kLowLatencyDispatch ? 0 : 2 * packets);
-        end += 2 * (packets + rows);
-    }
+    call.outboxes = call.region + end + (kind == kLowLatencyDispatch ? 0 : 2 * packets);
+    call.outbox_bytes = 2 * (packets + rows);
+    for (uint32_t left = call.put_ranks; left != 0; left &= left - 1) end += call.outbox_bytes;
     return end;
 }
 
@@ -238,6 +252,7 @@ struct LowLatencyLaunchers {
     void (*reject)(const LowLatencyCall& call, LowLatencyKind kind, const char* text, int num_blocks,
                    cudaStream_t stream);
     void (*prepare)();
+    int most_ranks;
 };
 const LowLatencyLaunchers& low_latency_launchers();
 

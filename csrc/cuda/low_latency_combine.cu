@@ -34,11 +34,11 @@ __device__ uint8_t* slot_at(const LowLatencyCombineParams& p, uint64_t epoch, bo
     const LowLatencyCall& call = p.call;
     if (is_put(call, rank)) {  // this rank's, on its way there
         const int64_t place = (call.weighted ? 0 : part) * static_cast<int64_t>(call.num_max_tokens) + token;
-        return call.outboxes[rank] + (epoch & 1) * call.outbox_parity_bytes + place * slot_bytes(p);
+        return outbox_for(call, rank, epoch) + place * slot_bytes(p);
     }
     const Area& area = is_tagged ? call.tagged : call.plain;
     const int64_t capacity = is_tagged ? call.tagged_capacity : call.num_max_tokens;
-    return call.call.windows[rank] + area.begin + (epoch & 1) * area.parity_bytes +
+    return region_at(call, rank) + area.begin + (epoch & 1) * area.parity_bytes +
            (part * capacity + token) * slot_bytes(p);
 }
 
@@ -218,7 +218,7 @@ __device__ void release_rows(const LowLatencyCombineParams& p, uint64_t epoch, c
                  slot_at(p, epoch, false, token.source, part, token.token), slot_bytes(p), route);
     }
     Net::order(route);
-    Net::signal(&region_of(call, self)->row_flags[epoch & 1][self][token.token], epoch, route);
+    Net::signal(&own_region(call)->row_flags[epoch & 1][self][token.token], epoch, route);
 }
 
 __device__ bool sends_tagged(const LowLatencyCombineParams& p, const Arrivals& arrivals) {
@@ -310,7 +310,7 @@ __device__ bool wait_for_flags(const LowLatencyCombineParams& p, uint64_t epoch,
     const LowLatencyCall& call = p.call;
     const bool is_plain =
         rank >= 0 && (meeting.entries[rank].detail & 1) == 0 && !breaks(call.call, Mutation::kRowBeforeFlag);
-    const uint64_t* flag = is_plain ? &region_of(call, call.call.rank)->row_flags[epoch & 1][rank][token] : nullptr;
+    const uint64_t* flag = is_plain ? &own_region(call)->row_flags[epoch & 1][rank][token] : nullptr;
     return wait_for_words(call, patience, flag, epoch, Missing::kRow, max(rank, 0));
 }
 

@@ -142,8 +142,6 @@ void launch_low_latency_dispatch(LowLatencyDispatchParams params, int num_blocks
                   {num_blocks, kLowLatencyThreads, bytes, stream, params.call.begins_early}, params);
 }
 
-void prepare_low_latency_dispatch() {
-    load_kernel(low_latency_dispatch, sizeof(int32_t) * kMaxLocalExperts * kMaxRanks);
-}
+void prepare_low_latency_dispatch() { load_kernel(low_latency_dispatch, sizeof(int32_t) * kMaxLowLatencyExperts); }
 
 }  // namespace hpc_moe::cuda

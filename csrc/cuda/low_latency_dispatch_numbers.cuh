@@ -84,22 +84,22 @@ __device__ void tell_numbers(const LowLatencyDispatchParams& p, uint64_t epoch, 
                              const uint32_t* coming) {
     const LowLatencyCall& call = p.call;
     const int experts = call.num_local_experts, words = (call.num_max_tokens + 31) / 32;
-    LowLatencyControl* control = target_of(call, rank);
+    uint64_t *const counts_there = counts_for(call, rank, epoch), *const coming_there = coming_for(call, rank, epoch);
 #pragma unroll 1
     for (int i = threadIdx.x; i < words; i += blockDim.x) {
-        store_relaxed_sys(&control->coming[epoch & 1][call.call.rank][i], tagged(epoch, coming[i]));
+        store_relaxed_sys(&coming_there[i], tagged(epoch, coming[i]));
     }
 #pragma unroll 1
     for (int e = threadIdx.x; e < experts; e += blockDim.x) {
-        store_relaxed_sys(&control->counts[epoch & 1][call.call.rank][e], tagged(epoch, counts[e]));
+        store_relaxed_sys(&counts_there[e], tagged(epoch, counts[e]));
     }
     __syncthreads();
     if (!is_put(call, rank) || threadIdx.x != 0) return;
-    LowLatencyControl* own = region_of(call, call.call.rank);
+    LowLatencyControl* own = own_region(call);
     const int parity = epoch & 1, self = call.call.rank;
     fence_acq_rel_sys();
-    Net::put(own->coming[parity][self], control->coming[parity][self], words * sizeof(uint64_t), route_to(call, rank));
-    put_with_flag(call, rank, own->counts[parity][self], control->counts[parity][self], experts * sizeof(uint64_t),
+    Net::put(own->coming[parity][self], coming_there, words * sizeof(uint64_t), route_to(call, rank));
+    put_with_flag(call, rank, own->counts[parity][self], counts_there, experts * sizeof(uint64_t),
                   &own->number_flags[parity][self], epoch);
 }
 
@@ -122,7 +122,7 @@ __device__ void tell_all(const LowLatencyDispatchParams& p, uint64_t epoch, int 
 __device__ uint32_t take_number(const LowLatencyCall& call, const uint64_t* word, uint64_t epoch, int peer,
                                 uint32_t present, Meeting& meeting) {
     if (!(present >> peer & 1u)) return 0;
-    const uint64_t* flag = &region_of(call, call.call.rank)->number_flags[epoch & 1][peer];
+    const uint64_t* flag = &own_region(call)->number_flags[epoch & 1][peer];
     uint64_t begin = 0;
     for (uint32_t polls = 1;; ++polls) {
         const uint64_t got = is_put(call, peer) && !Net::has_come(flag, epoch) ? 0 : load_relaxed_sys(word);
@@ -180,7 +180,7 @@ __device__ __noinline__ void decide_present(const LowLatencyCall& call, uint64_t
 __device__ bool take_numbers(const LowLatencyDispatchParams& p, uint64_t epoch, Shared& shared, int32_t* numbers) {
     const LowLatencyCall& call = p.call;
     const int experts = call.num_local_experts, ranks = call.call.num_ranks;
-    const LowLatencyControl* control = region_of(call, call.call.rank);
+    const LowLatencyControl* control = own_region(call);
     const int64_t begin = clock64();
     const uint32_t present = blockIdx.x == 0 ? ~masked_ranks(call) : take_present(call, epoch, shared.meeting);
     if (threadIdx.x < 32) {

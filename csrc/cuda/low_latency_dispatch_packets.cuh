@@ -13,12 +13,11 @@ __device__ uint8_t* packet_at(const LowLatencyDispatchParams& p, uint64_t epoch,
                               int token) {
     const LowLatencyCall& call = p.call;
     if (is_put(call, rank)) {  // this rank's, on its way there
-        return call.outboxes[rank] + (epoch & 1) * call.outbox_parity_bytes +
-               static_cast<int64_t>(token) * p.packet.packet_bytes;
+        return outbox_for(call, rank, epoch) + static_cast<int64_t>(token) * p.packet.packet_bytes;
     }
     const Area& area = is_tagged ? call.tagged : call.plain;
     const int64_t capacity = is_tagged ? call.tagged_capacity : call.num_max_tokens;
-    return call.call.windows[rank] + area.begin + (epoch & 1) * area.parity_bytes +
+    return region_at(call, rank) + area.begin + (epoch & 1) * area.parity_bytes +
            (source * capacity + token) * p.packet.packet_bytes;
 }
 
@@ -173,7 +172,7 @@ __device__ void release_packet(const LowLatencyDispatchParams& p, uint64_t epoch
     if (is_put(call, rank)) {
         put_with_flag(call, rank, packet_at(p, epoch, false, self, self, token),
                       packet_at(p, epoch, false, rank, self, token), p.packet.packet_bytes,
-                      &region_of(call, self)->packet_flags[epoch & 1][self][token], epoch);
+                      &own_region(call)->packet_flags[epoch & 1][self][token], epoch);
         return;
     }
     fence_acq_rel_sys();
@@ -274,7 +273,7 @@ __device__ Came take_chunk(const LowLatencyDispatchParams& p, uint64_t epoch, bo
     const bool has_detail = lane < call.top_k, has_scales = lane < num_scale_words(p);
     Patience patience(0);
     if (!is_tagged && !breaks(call.call, Mutation::kRowBeforeFlag)) {
-        const uint64_t* flag = &region_of(call, call.call.rank)->packet_flags[epoch & 1][source][token];
+        const uint64_t* flag = &own_region(call)->packet_flags[epoch & 1][source][token];
         if (!wait_for_words(call, patience, lane == 0 ? flag : nullptr, epoch, Missing::kRow, source)) {
             return Came::kGaveUp;
         }

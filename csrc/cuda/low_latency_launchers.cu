@@ -1,5 +1,6 @@
 // The launches of this module's low-latency kernels. hpc_moe._C and hpc_moe._nvshmem have them compiled differently
 // (device/transport.cuh); the runtime, which is in hpc_moe._C, launches those of either.
+#include "cuda/device/transport.cuh"
 #include "cuda/low_latency.h"
 
 namespace hpc_moe::cuda {
@@ -14,6 +15,7 @@ const LowLatencyLaunchers& low_latency_launchers() {
             prepare_low_latency_combine();
             prepare_low_latency_reject();
         },
+        kServedRanks,
     };
     return launchers;
 }

@@ -8,12 +8,12 @@ namespace {
 // One thread: the numbers in the outbox, which say that nothing comes, to a rank that is reached by puts.
 __device__ void put_no_numbers(const LowLatencyCall& call, uint64_t epoch, int rank) {
     const int parity = epoch & 1, self = call.call.rank;
-    LowLatencyControl *own = region_of(call, self), *control = target_of(call, rank);
+    LowLatencyControl* own = own_region(call);
     fence_acq_rel_sys();
-    Net::put(own->coming[parity][self], control->coming[parity][self], sizeof(control->coming[parity][self]),
+    Net::put(own->coming[parity][self], coming_for(call, rank, epoch), sizeof own->coming[parity][self],
              route_to(call, rank));
-    put_with_flag(call, rank, own->counts[parity][self], control->counts[parity][self],
-                  sizeof(control->counts[parity][self]), &own->number_flags[parity][self], epoch);
+    put_with_flag(call, rank, own->counts[parity][self], counts_for(call, rank, epoch),
+                  sizeof own->counts[parity][self], &own->number_flags[parity][self], epoch);
 }
 
 // Both halves of the call, by one block; the others only count.
@@ -28,17 +28,16 @@ __global__ void __launch_bounds__(kLowLatencyThreads, 1)
         const uint32_t masked = masked_ranks(call);
         for (int rank = 0; rank < call.call.num_ranks; ++rank) {
             if (masked >> rank & 1u) continue;
-            LowLatencyControl* control = target_of(call, rank);
-            const int parity = epoch & 1, self = call.call.rank;
+            uint64_t *const counts = counts_for(call, rank, epoch), *const coming = coming_for(call, rank, epoch);
             for (int i = threadIdx.x; i < kTextBytes; i += blockDim.x) {
-                control->entries[kind][parity][self].text[i] = text.characters[i];
+                entry_for(call, rank, kind, epoch).text[i] = text.characters[i];
             }
             // As many numbers as a peer may wait for.
             for (int i = threadIdx.x; kind == kLowLatencyDispatch && i < kMaxLocalExperts; i += blockDim.x) {
-                store_relaxed_sys(&control->counts[parity][self][i], tagged(epoch, 0));
+                store_relaxed_sys(&counts[i], tagged(epoch, 0));
             }
             for (int i = threadIdx.x; kind == kLowLatencyDispatch && i < kMaxLowLatencyTokens / 32; i += blockDim.x) {
-                store_relaxed_sys(&control->coming[parity][self][i], tagged(epoch, 0));
+                store_relaxed_sys(&coming[i], tagged(epoch, 0));
             }
         }
         __syncthreads();

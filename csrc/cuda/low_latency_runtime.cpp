@@ -25,6 +25,9 @@ void CudaRuntime::set_regions(const std::vector<uintptr_t>& regions, int64_t num
     check(cudaMalloc(&memory, sizeof(LowLatencyState)), "allocating the low-latency state");
     low_latency_state_ = static_cast<LowLatencyState*>(memory);
     check(cudaMemset(low_latency_state_, 0, sizeof(LowLatencyState)), "clearing the low-latency state");
+    check(cudaMemcpy(low_latency_state_->regions, regions_.data(), regions_.size() * sizeof regions_[0],
+                     cudaMemcpyHostToDevice),
+          "saying where regions are");
     check(cudaMemset(regions_[rank_], 0, kLowLatencyClearedBytes), "clearing the region");
     check(cudaDeviceSynchronize(), "clearing the region");
 }
@@ -42,24 +45,27 @@ void CudaRuntime::set_puts(uint32_t ranks, const std::vector<int>& pes, const st
     check(cudaMemcpy(low_latency_state_->of_block, blocks.data(), sizeof low_latency_state_->of_block,
                      cudaMemcpyHostToDevice),
           "dealing out the queue pairs");
-    check(cudaDeviceSynchronize(), "dealing out the queue pairs");
-    put_ranks_ = ranks, pes_ = pes, launchers_ = &launchers;
+    check(cudaMemcpy(low_latency_state_->pes, pes.data(), pes.size() * sizeof pes[0], cudaMemcpyHostToDevice),
+          "saying who is which PE");
+    check(cudaDeviceSynchronize(), "preparing puts");
+    put_ranks_ = ranks, launchers_ = &launchers;
 }
 
 void CudaRuntime::fill_low_latency_call(LowLatencyCall& call, LowLatencyKind kind, const std::vector<int64_t>& agreed,
                                         int halves) const {
     if (!low_latency_state_) throw std::runtime_error("there is no region for low-latency calls");
+    if (num_ranks_ > launchers_->most_ranks) throw std::runtime_error("these kernels do not serve as many ranks");
     const Operation operation =
         kind == kLowLatencyDispatch ? Operation::kLowLatencyDispatch : Operation::kLowLatencyCombine;
     call.call = make_call(operation, agreed, call.num_tokens, -1);
-    std::copy(regions_.begin(), regions_.end(), call.call.windows);
+    std::copy_n(regions_.begin(), std::min(num_ranks_, kMaxRanks), call.call.windows);
+    call.region = regions_[rank_];
     call.state = low_latency_state_;
     call.halves = halves;
     call.may_mask = may_mask_;
     call.begins_early = begins_early_;
     call.most_tagged_bytes = most_tagged_bytes_ < 0 ? kMostTaggedBytes[kind] : most_tagged_bytes_;
     call.put_ranks = put_ranks_;
-    std::copy(pes_.begin(), pes_.end(), call.pes);
     if (lay_out(call, kind) > region_bytes_) throw std::runtime_error("the region is too small for this call");
 }
 

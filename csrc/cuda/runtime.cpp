@@ -95,7 +95,9 @@ CudaRuntime::CudaRuntime(int rank, std::vector<int> node_of_rank, int device, in
       link_rate_(link_rate),
       stress_seed_(stress_seed),
       mutation_(mutation) {
-    if (num_ranks_ > kMaxRanks) throw std::runtime_error("more ranks than there may be");
+    if (num_ranks_ > (window_bytes > 0 ? kMaxRanks : kMaxLowLatencyRanks)) {
+        throw std::runtime_error("more ranks than there may be");
+    }
     int count = 0;
     check(cudaGetDeviceCount(&count), "counting the GPUs");
     if (device < 0 || device >= count) {
@@ -273,7 +275,7 @@ Call CudaRuntime::make_call(Operation operation, const std::vector<int64_t>& agr
     call.rank = rank_;
     call.num_ranks = num_ranks_;
     call.timeout = static_cast<uint64_t>(std::min(timeout_, 1e9) * 1e9);
-    std::copy(windows_.begin(), windows_.end(), call.windows);
+    if (num_ranks_ <= kMaxRanks) std::copy(windows_.begin(), windows_.end(), call.windows);
     call.state = state_;
     call.host = host_on_device_;
     call.entry.operation = operation;

@@ -40,9 +40,10 @@ class Window {
 
 class CudaRuntime {
    public:
-    // node_of_rank: node index of every rank, at most kMaxRanks. window_bytes: for rows; control data come on top.
-    // timeout: seconds that a kernel waits for a peer. shares_gpu: ranks may share a GPU (for tests). bulk_copies: use
-    // them where there are any. link_rate: see shape_pipeline, -1: that of the GPU's kind.
+    // node_of_rank: node index of every rank, at most kMaxRanks; of kMaxLowLatencyRanks, where there are no normal
+    // calls (window_bytes 0). window_bytes: for rows; control data come on top. timeout: seconds that a kernel waits
+    // for a peer. shares_gpu: ranks may share a GPU (for tests). bulk_copies: use them where there are any. link_rate:
+    // see shape_pipeline, -1: that of the GPU's kind.
     CudaRuntime(int rank, std::vector<int> node_of_rank, int device, int64_t window_bytes, double timeout,
                 bool shares_gpu, bool bulk_copies, int link_rate, uint32_t stress_seed, int32_t mutation);
     ~CudaRuntime();
@@ -166,7 +167,6 @@ class CudaRuntime {
     int64_t most_tagged_bytes_ = -1;  // negative: kMostTaggedBytes
     bool may_mask_ = false;
     uint32_t put_ranks_ = 0;
-    std::vector<int> pes_;
     const LowLatencyLaunchers* launchers_ = &low_latency_launchers();
     HostRecord* host_ = nullptr;
     HostRecord* host_on_device_ = nullptr;

@@ -109,7 +109,8 @@ LowLatencyCall make_call(World& world, int index) {
     call.call.rank = index;
     call.call.num_ranks = world.size();
     call.call.timeout = world.options.deaths ? 3'000'000'000 : 20'000'000'000;
-    for (int i = 0; i < world.size(); ++i) call.call.windows[i] = world.ranks[i]->region;
+    for (int i = 0; i < std::min(world.size(), kMaxRanks); ++i) call.call.windows[i] = world.ranks[i]->region;
+    call.region = rank.region;
     call.call.state = &rank.local;
     call.call.host = &rank.host;
     call.call.mutation = world.options.mutation;
@@ -123,9 +124,8 @@ LowLatencyCall make_call(World& world, int index) {
     call.weighted = round.weighted;
     call.may_mask = round.may_mask;
     call.most_tagged_bytes = round.most_tagged_bytes;
-    const auto puts = static_cast<uint32_t>(world.options.put_ranks) & ((1u << world.size()) - 1);
+    const auto puts = static_cast<uint32_t>(world.options.put_ranks) & (~0u >> (32 - world.size()));
     if (puts >> index & 1u) call.put_ranks = puts & ~(1u << index);
-    for (int i = 0; i < world.size(); ++i) call.pes[i] = i;
     return call;
 }
 

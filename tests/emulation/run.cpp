@@ -97,6 +97,9 @@ int main(int count, char** words) {
         world.ranks[i]->region = allocate_region();
         for (int block = 0; block < kMaxBlocks; ++block) world.ranks[i]->state.of_block[block].queue = block % 2;
     }
+    for (const auto& rank : world.ranks) {
+        for (int i = 0; i < world.size(); ++i) rank->state.regions[i] = world.ranks[i]->region, rank->state.pes[i] = i;
+    }
 #ifdef HPC_MOE_PUTS
     std::vector<emulation::Region> regions;
     for (const auto& rank : world.ranks) regions.push_back({rank->region, kRegionBytes});

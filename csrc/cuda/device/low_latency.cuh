@@ -22,15 +22,32 @@
 
 namespace hpc_moe::cuda {
 
-__device__ inline LowLatencyControl* region_of(const LowLatencyCall& call, int rank) {
-    return reinterpret_cast<LowLatencyControl*>(call.call.windows[rank]);
+__device__ inline LowLatencyControl* own_region(const LowLatencyCall& call) {
+    return reinterpret_cast<LowLatencyControl*>(call.region);
 }
 
-// Where this rank writes what is for another one's region.
-__device__ inline LowLatencyControl* target_of(const LowLatencyCall& call, int rank) {
-    if (!is_put(call, rank)) return region_of(call, rank);
-    uint8_t* const outboxes = call.call.windows[call.call.rank] + kLowLatencyClearedBytes;
-    return reinterpret_cast<LowLatencyControl*>(outboxes + rank * kLowLatencyControlBytes);
+__device__ inline LowLatencyControl* region_of(const LowLatencyCall& call, int rank) {
+    return reinterpret_cast<LowLatencyControl*>(region_at(call, rank));
+}
+
+__device__ inline LowLatencyOutbox& outbox_of(const LowLatencyCall& call, int rank) {
+    return reinterpret_cast<LowLatencyOutbox*>(call.region + kLowLatencyClearedBytes)[rank];
+}
+
+// Where this rank writes what is for another one's region: there, or into what is put there. Three kinds of it.
+__device__ inline PostedEntry& entry_for(const LowLatencyCall& call, int rank, LowLatencyKind kind, uint64_t epoch) {
+    return is_put(call, rank) ? outbox_of(call, rank).entries[kind][epoch & 1]
+                              : region_of(call, rank)->entries[kind][epoch & 1][call.call.rank];
+}
+
+__device__ inline uint64_t* counts_for(const LowLatencyCall& call, int rank, uint64_t epoch) {
+    return is_put(call, rank) ? outbox_of(call, rank).counts[epoch & 1]
+                              : region_of(call, rank)->counts[epoch & 1][call.call.rank];
+}
+
+__device__ inline uint64_t* coming_for(const LowLatencyCall& call, int rank, uint64_t epoch) {
+    return is_put(call, rank) ? outbox_of(call, rank).coming[epoch & 1]
+                              : region_of(call, rank)->coming[epoch & 1][call.call.rank];
 }
 
 __device__ inline uint64_t tagged(uint64_t epoch, uint32_t value) { return epoch << 32 | value; }
@@ -123,16 +140,19 @@ class Steps {
 // All threads, first thing in a kernel: the last warp but one of the last block tells the peers.
 __device__ inline void tell_ended_calls(const LowLatencyCall& call) {
     if (blockIdx.x != gridDim.x - 1 || threadIdx.x / 32 != kChunkWarps - 1) return;
-    const int lane = threadIdx.x % 32, rank = lane / kNumLowLatencyKinds, kind = lane % kNumLowLatencyKinds;
-    if (rank >= call.call.num_ranks || rank == call.call.rank || (masked_ranks(call) >> rank & 1u)) return;
-    stress_sleep(call.call);
-    const uint64_t ended = counters_of(call).received[kind];
-    if (is_put(call, rank)) {
-        const Route route = route_to(call, rank);
-        Net::order(route);  // it comes behind what the kernels before have signalled there
-        Net::signal(&region_of(call, call.call.rank)->consumed[kind][call.call.rank], ended, route);
-    } else {
-        store_release_sys(&region_of(call, rank)->consumed[kind][call.call.rank], ended);
+#pragma unroll 1
+    for (int i = threadIdx.x % 32; i < min(call.call.num_ranks, kServedRanks) * kNumLowLatencyKinds; i += 32) {
+        const int rank = i / kNumLowLatencyKinds, kind = i % kNumLowLatencyKinds;
+        if (rank == call.call.rank || (masked_ranks(call) >> rank & 1u)) continue;
+        stress_sleep(call.call);
+        const uint64_t ended = counters_of(call).received[kind];
+        if (is_put(call, rank)) {
+            const Route route = route_to(call, rank);
+            Net::order(route);  // it comes behind what the kernels before have signalled there
+            Net::signal(&own_region(call)->consumed[kind][call.call.rank], ended, route);
+        } else {
+            store_release_sys(&region_of(call, rank)->consumed[kind][call.call.rank], ended);
+        }
     }
 }
 
@@ -144,16 +164,14 @@ __device__ inline void post_entry(const LowLatencyCall& call, LowLatencyKind kin
 #pragma unroll 1
     for (int r = 0; lane < kEntryWords && r < call.call.num_ranks; ++r) {
         if (masked >> r & 1u) continue;
-        PostedEntry& posted = target_of(call, r)->entries[kind][epoch & 1][call.call.rank];
-        store_relaxed_sys(&posted.words[lane], epoch << 32 | word);
+        store_relaxed_sys(&entry_for(call, r, kind, epoch).words[lane], epoch << 32 | word);
     }
     __syncwarp();
     if (lane < call.call.num_ranks && is_put(call, lane) && !(masked >> lane & 1u)) {
-        LowLatencyControl* own = region_of(call, call.call.rank);
+        LowLatencyControl* own = own_region(call);
         const int parity = epoch & 1, self = call.call.rank;
-        put_with_flag(call, lane, &own->entries[kind][parity][self],
-                      &target_of(call, lane)->entries[kind][parity][self], sizeof(PostedEntry),
-                      &own->entry_flags[kind][parity][self], epoch);
+        put_with_flag(call, lane, &own->entries[kind][parity][self], &entry_for(call, lane, kind, epoch),
+                      sizeof(PostedEntry), &own->entry_flags[kind][parity][self], epoch);
     }
 }
 
@@ -162,7 +180,7 @@ class Permission {
    public:
     __device__ Permission(const LowLatencyCall& call, LowLatencyKind kind) : call_(call), kind_(kind) {
         if (!is_peer()) return;
-        const LowLatencyControl* control = region_of(call, call.call.rank);
+        const LowLatencyControl* control = own_region(call);
         const int rank = threadIdx.x % 32;
         if (is_put(call, rank)) return;
         of_kind_ = load_acquire_sys(&control->consumed[kind][rank]);
@@ -200,7 +218,7 @@ class Permission {
     // Until each peer has ended as many calls; `seen`: that it is known to have.
     __device__ bool wait_for(int kind, uint64_t seen, uint64_t wanted) {
         const int rank = threadIdx.x % 32;
-        const LowLatencyControl* control = region_of(call_, call_.call.rank);
+        const LowLatencyControl* control = own_region(call_);
         Patience patience(masked_for_warp(call_));
         const bool waits = is_peer() && seen < wanted;
         return wait_for_words(call_, patience, waits ? &control->consumed[kind][rank] : nullptr, wanted,
@@ -214,45 +232,52 @@ class Permission {
 
 // What a block has found in everybody's entries, in shared memory.
 struct Meeting {
-    Entry entries[kMaxRanks];
+    Entry entries[kServedRanks];
     volatile uint32_t refused;  // the call does not go on, or gave up
     // Whether the peers have laid out their areas as this rank has. If not, rows that nobody receives may be on their
     // way to places that now are others'.
     uint32_t knows_shape;
 };
 
+constexpr int kEntriesAtOnce = kMaxRanks;  // of which loads are under way
+
 // The first warp: takes everybody's entries; a block-wide barrier follows. `rejects`: this rank knows that the call
 // does not go on. What a masked rank may have said does not count.
 __device__ inline void meet_peers(const LowLatencyCall& call, LowLatencyKind kind, uint64_t epoch, Meeting& meeting,
                                   bool rejects = false) {
     const int lane = threadIdx.x % 32;
-    const PostedEntry* posted = region_of(call, call.call.rank)->entries[kind][epoch & 1];
+    const PostedEntry* posted = own_region(call)->entries[kind][epoch & 1];
     Patience patience(masked_for_warp(call));
     bool goes_on = true;
     stress_sleep(call.call);
-    const LowLatencyControl* own = region_of(call, call.call.rank);
+    const LowLatencyControl* own = own_region(call);
     for (;;) {
         bool has_flag = true;  // where there is one
         if (lane < call.call.num_ranks && is_put(call, lane) && !patience.is_masked(lane)) {
             has_flag = Net::has_come(&own->entry_flags[kind][epoch & 1][lane], epoch);
         }
         const uint32_t unflagged = Net::kPuts ? __ballot_sync(~0u, !has_flag) : 0;
-        uint64_t found[kMaxRanks] = {};
-#pragma unroll
-        for (int r = 0; r < kMaxRanks; ++r) {
-            if (lane < kEntryWords && r < call.call.num_ranks) found[r] = load_relaxed_sys(&posted[r].words[lane]);
-        }
         int late = -1;
+#pragma unroll 1
+        for (int first = 0; first < min(call.call.num_ranks, kServedRanks); first += kEntriesAtOnce) {
+            uint64_t found[kEntriesAtOnce] = {};
 #pragma unroll
-        for (int r = 0; r < kMaxRanks; ++r) {
-            if (lane >= kEntryWords || r >= call.call.num_ranks) continue;
-            uint32_t word = static_cast<uint32_t>(found[r]);
-            if (patience.is_masked(r)) {
-                word = entry_word(call.call, EntryStatus::kFine, nullptr, 0);
-            } else if (found[r] >> 32 != static_cast<uint32_t>(epoch) || (unflagged >> r & 1u)) {
-                late = r;
+            for (int i = 0; i < kEntriesAtOnce; ++i) {
+                const bool is_there = lane < kEntryWords && first + i < call.call.num_ranks;
+                if (is_there) found[i] = load_relaxed_sys(&posted[first + i].words[lane]);
             }
-            reinterpret_cast<uint32_t*>(&meeting.entries[r])[lane] = word;
+#pragma unroll
+            for (int i = 0; i < kEntriesAtOnce; ++i) {
+                const int r = first + i;
+                if (lane >= kEntryWords || r >= call.call.num_ranks) continue;
+                uint32_t word = static_cast<uint32_t>(found[i]);
+                if (patience.is_masked(r)) {
+                    word = entry_word(call.call, EntryStatus::kFine, nullptr, 0);
+                } else if (found[i] >> 32 != static_cast<uint32_t>(epoch) || (unflagged >> r & 1u)) {
+                    late = r;
+                }
+                reinterpret_cast<uint32_t*>(&meeting.entries[r])[lane] = word;
+            }
         }
         if (__all_sync(~0u, late < 0)) break;
         goes_on = patience.goes_on(call, Missing::kEntry, late);
@@ -304,7 +329,7 @@ __device__ inline void end_halves(const LowLatencyCall& call, LowLatencyKind kin
 // The tokens that come, or came, in the order in which they are dealt to warps. In shared memory.
 class Coming {
    public:
-    static constexpr int kMaxWords = kMaxRanks * kMaxLowLatencyTokens / 32;
+    static constexpr int kMaxWords = kMaxComingTokens / 32;
 
     // Word i is about 32 tokens of a source; sources take turns, beginning behind this rank.
     struct Place {

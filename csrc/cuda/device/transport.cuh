@@ -25,14 +25,27 @@ struct Net {
 };
 #endif
 
+// Ranks that these kernels serve. More than a node has are reached by puts, and kernels without are faster for that.
+constexpr int kServedRanks = Net::kPuts ? kMaxLowLatencyRanks : kMaxRanks;
+
 __device__ inline bool is_put(const LowLatencyCall& call, int rank) {
     return Net::kPuts && (call.put_ranks >> rank & 1u);
+}
+
+__device__ inline uint8_t* region_at(const LowLatencyCall& call, int rank) {
+    return kServedRanks == kMaxRanks || rank < kMaxRanks ? call.call.windows[rank] : call.state->regions[rank];
+}
+
+// Where packets or rows for a rank are put together.
+__device__ inline uint8_t* outbox_for(const LowLatencyCall& call, int rank, uint64_t epoch) {
+    const int index = __popc(call.put_ranks & ((1u << rank) - 1));
+    return call.outboxes + index * call.outbox_bytes + (epoch & 1) * call.outbox_parity_bytes;
 }
 
 // This block's way to a rank. Blocks have queue pairs of their own, as far as there are enough: so they do not wait for
 // each other's puts.
 __device__ inline Route route_to(const LowLatencyCall& call, int rank) {
-    return {call.pes[rank], call.state->of_block[blockIdx.x].queue};
+    return {call.state->pes[rank], call.state->of_block[blockIdx.x].queue};
 }
 
 // Whether a flag of `rank`, in this rank's region, is at least `wanted`; acquires what came with it.

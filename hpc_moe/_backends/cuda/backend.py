@@ -175,8 +175,9 @@ class CudaBackend(Backend):
     def _make_region(self, enable_shrink: bool, network: Mapping[str, Any]) -> Region:
         """The region: `num_rdma_bytes`; in front of them what users must not write: flags, numbers, tagged rows.
 
-        On top comes room for the outboxes of ranks that are known to be reached by puts. A rank of this node that
-        NVSHMEM gives no pointer for is not; that is rare, and calls that need more `num_rdma_bytes` then say so.
+        On top comes room for the outboxes of ranks that are known to be reached by puts, unless it is among the
+        `num_rdma_bytes` (see `low_latency_outbox_bytes`). A rank of this node that NVSHMEM gives no pointer for is not;
+        that is rare, and calls that need more `num_rdma_bytes` then say so.
         """
         far = find_far_ranks(self.topology, network["allow_nvlink_for_low_latency_mode"])
         outboxes = len(far) * low_latency_outbox_bytes(self.num_rdma_bytes, self.num_ranks)
@@ -186,7 +187,7 @@ class CudaBackend(Backend):
         # All ranks have cleared theirs when this ends.
         with region.freed_on_error(), self.group.step("preparing low-latency calls"):
             self.runtime.set_regions(region.addresses, region.num_bytes, most_tagged_bytes, enable_shrink)
-            if region.put_ranks:
+            if region.put_ranks or self.num_ranks > _C.CUDA_MAX_RANKS:  # whose kernels serve more ranks
                 bits = sum(1 << r for r in region.put_ranks)
                 pes = list(range(self.num_ranks))
                 self.runtime.set_puts(bits, pes, region.queue_pairs, region.world.library.low_latency_launchers())
@@ -248,7 +249,7 @@ class CudaBackend(Backend):
     def _check_sizes(self, top_k: int, num_experts: int) -> None:
         if top_k > _C.CUDA_MAX_TOP_K:
             raise ArgumentError(f"topk_idx may select at most {_C.CUDA_MAX_TOP_K} experts a token on CUDA; got {top_k}")
-        most = _C.CUDA_MAX_LOCAL_EXPERTS * self.num_ranks
+        most = _C.CUDA_MAX_LOCAL_EXPERTS * min(self.num_ranks, _C.CUDA_MAX_RANKS)
         if num_experts > most:
             raise ArgumentError(
                 f"num_experts must be at most {most} on CUDA with {self.num_ranks} ranks; got {num_experts}"

@@ -65,12 +65,17 @@ def choose_device(device: str | None, topology: Topology) -> int:
 def find_what_is_missing(topology: Topology, num_nvl_bytes: int, low_latency_mode: bool) -> str:
     """What a buffer needs that the CUDA runtime does not have in any build; empty: nothing."""
     num_ranks, num_nodes = len(topology.node_of_rank), topology.num_nodes
-    if num_ranks > _C.CUDA_MAX_RANKS:
-        return f"at most {_C.CUDA_MAX_RANKS} ranks, so far; got {num_ranks}"
+    if num_ranks > _C.MAX_LOW_LATENCY_RANKS:
+        return f"at most {_C.MAX_LOW_LATENCY_RANKS} ranks, so far; got {num_ranks}"
     if num_nodes > 1 and (num_nvl_bytes > 0 or not low_latency_mode):
         return (
             f"{num_nodes} nodes; normal calls between nodes are not there yet on CUDA. Low-latency calls are, with "
             "low_latency_mode=True and num_nvl_bytes=0, and device='cpu' has both; got "
+            f"low_latency_mode={low_latency_mode} and num_nvl_bytes={num_nvl_bytes}"
+        )
+    if num_ranks > _C.CUDA_MAX_RANKS and (num_nvl_bytes > 0 or not low_latency_mode):
+        return (
+            f"at most {_C.CUDA_MAX_RANKS} ranks of a node have normal calls on CUDA; got {num_ranks}, with "
             f"low_latency_mode={low_latency_mode} and num_nvl_bytes={num_nvl_bytes}"
         )
     return ""

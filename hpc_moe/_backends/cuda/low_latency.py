@@ -397,13 +397,18 @@ class LowLatency:
         return LowLatencyDispatchResult(recv_x, scales, recv_count, handle, None)
 
     def _check_limits(self, form: LowLatencyDispatchForm) -> None:
+        num_ranks = self._backend.num_ranks
+        most_tokens = min(_C.MAX_LOW_LATENCY_TOKENS, _C.MAX_COMING_TOKENS // num_ranks // 32 * 32)
+        most_experts = min(_C.CUDA_MAX_LOCAL_EXPERTS * num_ranks, _C.MAX_LOW_LATENCY_EXPERTS)
         for name, got, most in (
-            ("num_max_dispatch_tokens_per_rank", form.num_max_tokens, _C.MAX_LOW_LATENCY_TOKENS),
+            ("num_max_dispatch_tokens_per_rank", form.num_max_tokens, most_tokens),
             ("the experts that topk_idx selects a token", form.top_k, _C.MAX_LOW_LATENCY_TOP_K),
-            ("num_experts", form.num_experts, _C.CUDA_MAX_LOCAL_EXPERTS * self._backend.num_ranks),
+            ("num_experts", form.num_experts, most_experts),
         ):
             if got > most:
-                raise ArgumentError(f"{name} may be at most {most} in low-latency calls on CUDA; got {got}")
+                raise ArgumentError(
+                    f"{name} may be at most {most} in low-latency calls on CUDA with {num_ranks} ranks; got {got}"
+                )
         if self.region.put_ranks:
             self._check_room_for_puts(form)
 
