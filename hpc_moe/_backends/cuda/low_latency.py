@@ -413,7 +413,7 @@ class LowLatency:
             self._check_room_for_puts(form)
 
     def _check_room_for_puts(self, form: LowLatencyDispatchForm) -> None:
-        """What is put to a peer is put together first, for which the size hint has no room."""
+        """What is put to a peer is put together first, which needs room of its own."""
         sizes, num_ranks = (form.num_max_tokens, form.hidden), self._backend.num_ranks
         staging = low_latency_staging_bytes(*sizes, form.num_experts) + 4096
         needed = _C.low_latency_bytes(*sizes, form.top_k, num_ranks, len(self.region.put_ranks)) + 2 * staging
